@@ -142,7 +142,9 @@ def train_vae(
     "Train the autoencoder."
     torch.manual_seed(0)
     vae = new_vae().to(memory_format=torch.channels_last)
-    def loss_fn(g): return vae_loss(vae, to_model(images[torch.randint(len(images), (16,), generator=g)]), g)
+    def loss_fn(g):
+        "The loss of a random batch."
+        return vae_loss(vae, to_model(images[torch.randint(len(images), (16,), generator=g)]), g)
     return vae, fit([vae], loss_fn, steps, 2e-3, folder / 'vae.pt')
 
 # %% ../nbs/tiny/01_tiny_models.ipynb #15d43cde
@@ -154,6 +156,7 @@ def refine_decoder(
 ) -> list[dict]: # the log
     "Train the decoder alone on the squared error."
     def loss_fn(g):
+        "The loss of a random batch."
         x = to_model(images[torch.randint(len(images), (16,), generator=g)])
         with torch.no_grad(): latents = vae.encode(x).latent_dist.sample(g)
         error = (vae.decode(latents).sample - x).pow(2).mean((1, 2, 3))
@@ -257,6 +260,7 @@ def train_unet(
     scale, ids, empty = 1 / mean.std().item(), token_ids(tokenizer, pool['captions']), token_ids(tokenizer, [''])
     alphas = new_scheduler().alphas_cumprod
     def loss_fn(g):
+        "The loss of a random batch."
         i = torch.randint(len(mean), (64,), generator=g)
         latents = (mean[i] + std[i] * torch.randn(mean[i].shape, generator=g)) * scale
         read = torch.where(torch.rand(64, 1, generator=g) < .1, empty, ids[i])
@@ -303,6 +307,7 @@ def train_clip(
     torch.manual_seed(0)
     clip, ids = CLIP(**clip_config(tokenizer)), token_ids(tokenizer, pool['captions'])
     def loss_fn(g):
+        "The loss of a random batch."
         i = torch.randint(len(ids), (96,), generator=g)
         return contrastive_loss(clip, clip_pixels_of(pool['images'][i]), ids[i])
     log = fit([clip], loss_fn, steps, 1e-3, folder / 'clip.pt', weight_decay=.1)
@@ -407,6 +412,7 @@ def measure_samples(
 ) -> dict: # sample_top1, sketch_obeyed, blue_obeyed, seconds_for_16
     "What the pipeline draws, in 20 DDIM steps with eta 1: every animal plain, as a sketch, on blue."
     def draw(template, seed):
+        "Every animal once."
         texts = [template.replace('{}', with_a(a)) for a in tiny_animals()]
         path = sample(pipe, encode_prompts(pipe, texts), torch.Generator().manual_seed(seed), 20, guidance_scale, eta=1.)
         return decode_latents(pipe, path.latents[-1])
@@ -414,8 +420,9 @@ def measure_samples(
     right = tiny_similarity().classify(plain, [with_a(a) for a in tiny_animals()]) == torch.arange(len(tiny_animals())).repeat(rounds)
     start = time.perf_counter()
     sample(pipe, encode_prompts(pipe, ['a horse'] * 16), torch.Generator().manual_seed(0), 20, guidance_scale, eta=1.)
+    seconds = time.perf_counter() - start
     return dict(sample_top1=right.float().mean().item(), sketch_obeyed=without_colour(draw('a pencil sketch of {}', 21)).float().mean().item(),
-                blue_obeyed=blue_around(draw('{} on a blue background', 31)).float().mean().item(), seconds_for_16=time.perf_counter() - start)
+                blue_obeyed=blue_around(draw('{} on a blue background', 31)).float().mean().item(), seconds_for_16=seconds)
 
 # %% ../nbs/tiny/01_tiny_models.ipynb #2739af5e
 #| eval: false

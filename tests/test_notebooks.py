@@ -1,0 +1,29 @@
+"""Every notebook runs top to bottom, on a CPU, offline, within its budget of time."""
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+NOTEBOOKS = sorted(p for p in (ROOT / 'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts)
+LIMIT = 90 # seconds of wall-clock time on two cores, and of CPU time on one
+
+
+def cpu_seconds():
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+@pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: p.stem)
+def test_notebook_runs(path):
+    """nbdev_test raises at the first cell that fails; slow, cuda and download cells are left out."""
+    before = cpu_seconds()
+    done = subprocess.run([Path(sys.executable).parent / 'nbdev_test', '--path', path, '--n_workers', '0', '--do_print'], cwd=ROOT, capture_output=True, text=True,
+                          env=os.environ | dict(HF_HUB_OFFLINE='1', MPLBACKEND='agg', CUDA_VISIBLE_DEVICES=''))
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    spent = cpu_seconds() - before
+    print(f'{path.stem}: {spent:.0f} s of CPU')
+    assert spent <= 2 * LIMIT, f'{spent:.0f} CPU seconds'

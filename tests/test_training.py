@@ -1,0 +1,343 @@
+"""The loop: collect, accumulate, update, train, evaluate"""
+import copy
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.distributions import Normal
+
+import ddpo_tutorial.training as training
+from ddpo_tutorial.advantages import PerPromptStatTracker
+from ddpo_tutorial.pipelines import decode_latents
+from ddpo_tutorial.prompts import fill_template, simple_animals
+from ddpo_tutorial.sampling import make_schedule
+from ddpo_tutorial.training import TrainConfig, accumulate, collect, evaluate, join, make_optimizer, shuffled_pairs, train, update
+from helpers import PREDICTION_TYPES, PROMPTS, all_pairs, brightness, calls_of, generator, gradients, micro_pipeline, set_scheduler, trainable_copy, weights
+
+SMALL = TrainConfig(num_epochs=2, samples_per_epoch=5, sample_batch_size=2, num_inference_steps=3, updates_per_epoch=3, minibatch_size=4, learning_rate=1e-3,
+    buffer_size=8, min_count=2)
+ADVANTAGES = torch.tensor([1., -2., .5, .3, -.1])
+
+def epoch_of(pipe, config=SMALL, prompts=PROMPTS, seed=0): return collect(config, pipe, brightness, prompts, generator(seed))
+
+def schedule_of(pipe, config=SMALL): return make_schedule(pipe.scheduler, config.num_inference_steps, config.eta)
+
+def without_time(rows): return [{k: v for k, v in row.items() if k != 'seconds'} for row in rows]
+
+def run(config=SMALL, pipe=None, reward=brightness, **kwargs):
+    "Train a micro pipeline; the rows and the pipeline."
+    pipe = pipe or micro_pipeline()
+    return without_time(train(config, pipe, reward, PROMPTS, **kwargs)), pipe
+
+# the config
+
+@pytest.mark.parametrize('name, value, words', [
+    *[(name, value, 'a whole number of at least 1') for name in ('num_epochs', 'samples_per_epoch', 'sample_batch_size', 'num_inference_steps', 'num_inner_epochs',
+        'updates_per_epoch', 'minibatch_size') for value in (0, 2.5)],
+    *[(name, value, 'a number above 0') for name in ('eta', 'learning_rate', 'max_grad_norm', 'clip_range', 'adv_clip_max') for value in (0., -1., float('nan'))],
+    ('updates_per_epoch', 6, 'more than samples_per_epoch=5'), ('min_count', 9, 'more than buffer_size=8'), ('num_inference_steps', 1001, 'expected 1 to')])
+def test_bad_config(micro, name, value, words):
+    "A setting that makes no sense: named with its value, before anything is sampled or changed."
+    before, calls = weights(micro.unet), calls_of(micro.unet)
+    with pytest.raises(ValueError, match=f'{name}={value}.*{words}'): train(replace(SMALL, **{name: value}), micro, brightness, PROMPTS)
+    assert torch.equal(before, weights(micro.unet)) and not calls
+
+def test_sizes():
+    "The arithmetic of batch sizes, for numbers that do not divide."
+    sizes = TrainConfig(num_epochs=4, samples_per_epoch=10, num_inference_steps=6, num_inner_epochs=2, updates_per_epoch=4).sizes()
+    assert sizes == dict(images=40, updates=32, pairs_per_epoch=60, samples_per_update=2.5, pairs_per_update=15)
+
+# collecting
+
+@pytest.mark.parametrize('batch_size', [1, 2, 5, 100])
+def test_pitfall_25_batches_that_do_not_divide(micro, batch_size):
+    "Five samples in batches of two: prompts, contexts, latents, images and rewards must stay together."
+    batch = epoch_of(micro, replace(SMALL, sample_batch_size=batch_size))
+    assert batch.prompts == PROMPTS and batch.context.text.shape[0] == 5 and batch.context.empty.shape[0] == 1
+    assert batch.trajectory.latents.shape == (4, 5, 4, 8, 8) and batch.trajectory.log_probs.shape == (3, 5)
+    with torch.no_grad(): images = decode_latents(micro, batch.trajectory.latents[-1])
+    torch.testing.assert_close(batch.images, images, rtol=0, atol=1e-5)
+    torch.testing.assert_close(batch.rewards, brightness(images, PROMPTS))
+    again = accumulate(SMALL, micro, schedule_of(micro), batch, ADVANTAGES, all_pairs(3, 5).T)
+    assert again['approx_kl'] < 1e-10 # every sample is rescored under its own prompt
+
+def test_reward_sees_each_picture_with_its_prompt(micro):
+    "Prompts and images out of step."
+    seen = []
+    collect(SMALL, micro, lambda images, prompts: seen.append((len(images), prompts)) or brightness(images, prompts), PROMPTS, generator())
+    assert seen == [(2, PROMPTS[:2]), (2, PROMPTS[2:4]), (1, PROMPTS[4:])]
+
+def test_pitfall_27_prompts_are_encoded_once(micro):
+    "The text encoder called again for every minibatch."
+    calls = calls_of(micro.text_encoder)
+    run(replace(SMALL, minibatch_size=1), micro)
+    assert len(calls) == SMALL.num_epochs * 3
+
+def test_join_is_the_inverse_of_splitting(micro):
+    "The sample axis of latents and log-probs is the second."
+    parts = [epoch_of(micro, prompts=PROMPTS[:2]), epoch_of(micro, prompts=PROMPTS[2:], seed=1)]
+    joined = join(parts)
+    assert joined.prompts == PROMPTS
+    for part, rows in zip(parts, (slice(0, 2), slice(2, 5))):
+        for name in ('latents', 'log_probs'): assert torch.equal(getattr(joined.trajectory, name)[:, rows], getattr(part.trajectory, name))
+        assert torch.equal(joined.rewards[rows], part.rewards) and torch.equal(joined.context.text[rows], part.context.text)
+
+# gradients
+
+def oracle_loss(pipe, batch, advantages, config=SMALL):
+    "REINFORCE by hand on a fresh batch: diffusers' step, torch's Normal, mean over samples and timesteps."
+    pipe.scheduler.set_timesteps(config.num_inference_steps)
+    schedule, log_probs = schedule_of(pipe, config), []
+    for i, t in enumerate(pipe.scheduler.timesteps):
+        x, nxt = batch.trajectory.latents[i:i + 2]
+        cond, uncond = (pipe.unet(x, t, c).sample for c in (batch.context.text, batch.context.empty.repeat(len(x), 1, 1)))
+        mean = pipe.scheduler.step(uncond + config.guidance_scale * (cond - uncond), t, x, eta=config.eta, variance_noise=torch.zeros_like(x)).prev_sample
+        log_probs.append(Normal(mean, schedule.std[i]).log_prob(nxt).mean((1, 2, 3)))
+    return -(advantages * torch.stack(log_probs)).mean()
+
+def accumulated(pipe, config, batch, pairs):
+    "The gradient that `accumulate` leaves, and its statistics."
+    pipe.unet.zero_grad()
+    stats = accumulate(config, pipe, schedule_of(pipe), batch, ADVANTAGES, pairs)
+    return gradients(pipe.unet), stats
+
+@pytest.fixture
+def fresh(micro):
+    "A pipeline, its fresh batch, all pairs, and the oracle's gradient."
+    batch = epoch_of(micro)
+    micro.unet.zero_grad()
+    oracle_loss(micro, batch, ADVANTAGES).backward()
+    return micro, batch, all_pairs(3, 5).T, gradients(micro.unet)
+
+@pytest.mark.parametrize('minibatch_size', [1, 4, 7, 15, 1000])
+def test_any_minibatch_gives_the_same_gradient(fresh, minibatch_size):
+    "Unequal last minibatches weighted like full ones, or a sum over timesteps (pitfall 22): against autograd on the whole."
+    pipe, batch, pairs, wanted = fresh
+    gradient, stats = accumulated(pipe, replace(SMALL, minibatch_size=minibatch_size), batch, pairs)
+    torch.testing.assert_close(gradient, wanted, rtol=0, atol=1e-3 * wanted.abs().max().item())
+    assert abs(stats['ratio'] - 1) < 1e-5 and stats['clipfrac'] == 0 and stats['approx_kl'] < 1e-10
+    assert stats['loss'].item() == pytest.approx(-ADVANTAGES.mean().item(), abs=1e-5)
+
+def test_equal_weight_for_unequal_minibatches_would_show(fresh):
+    "The fault the test above guards against, put in: the mean of the minibatches' means."
+    pipe, batch, pairs, wanted = fresh
+    parts = [accumulated(pipe, SMALL, batch, part)[0] for part in pairs.split(4)]
+    assert (torch.stack(parts).mean(0) - wanted).abs().max() > .01 * wanted.abs().max()
+
+def test_pitfall_24_order_of_pairs_does_not_matter(fresh):
+    "Shuffled pairs must carry their log-probs and advantages with them."
+    pipe, batch, pairs, wanted = fresh
+    gradient, _ = accumulated(pipe, SMALL, batch, pairs[torch.randperm(15, generator=generator())])
+    torch.testing.assert_close(gradient, wanted, rtol=0, atol=1e-3 * wanted.abs().max().item())
+
+@pytest.mark.parametrize('prediction_type', PREDICTION_TYPES)
+@pytest.mark.parametrize('guidance_scale', [1., 2.])
+@pytest.mark.parametrize('eta', [.5, 1.])
+def test_pitfall_08_first_ratio_is_one(micro, eta, guidance_scale, prediction_type):
+    "Before the first update max|ratio - 1| is at most 1e-6 and nothing is clipped."
+    set_scheduler(micro, prediction_type=prediction_type)
+    config = replace(SMALL, eta=eta, guidance_scale=guidance_scale, updates_per_epoch=1, num_epochs=1)
+    batch, ratios = epoch_of(micro, config), []
+    for pair in all_pairs(3, 5).T: ratios.append(accumulate(config, micro, schedule_of(micro, config), batch, ADVANTAGES, pair[None])['ratio'])
+    assert (torch.stack(ratios) - 1).abs().max() <= 2e-6
+    micro.unet.zero_grad()
+    row = run(config, micro)[0][0]
+    assert row['clipfrac'] == 0 and abs(row['ratio'] - 1) <= 1e-6 and row['approx_kl'] < 1e-11
+
+def test_pitfall_23_one_update_never_clips(micro):
+    "With one update an epoch the clip range does not matter; with more it does."
+    ends = {(n, clip): weights(run(replace(SMALL, updates_per_epoch=n, num_inner_epochs=n, clip_range=clip))[1].unet) for n in (1, 3) for clip in (1e-4, 9.)}
+    assert torch.equal(ends[1, 1e-4], ends[1, 9.])
+    assert not torch.equal(ends[3, 1e-4], ends[3, 9.])
+
+# updates
+
+def pairs_of_update(monkeypatch, config, pipe):
+    "What `update` hands to `accumulate`: one (N, 2) tensor an optimizer step."
+    seen, original = [], training.accumulate
+    monkeypatch.setattr(training, 'accumulate', lambda *args: seen.append(args[-1]) or original(*args))
+    update(config, pipe, make_optimizer(config, pipe), epoch_of(pipe, config), ADVANTAGES, generator())
+    return seen
+
+@pytest.mark.parametrize('updates, inner', [(1, 1), (2, 1), (3, 2), (5, 1)])
+def test_each_pair_is_used_once_an_inner_epoch(micro, monkeypatch, updates, inner):
+    "Samples lost or used twice where the sizes do not divide: 5 samples in 2 or 3 updates."
+    seen = pairs_of_update(monkeypatch, replace(SMALL, updates_per_epoch=updates, num_inner_epochs=inner), micro)
+    assert len(seen) == updates * inner
+    wanted = sorted(map(tuple, all_pairs(3, 5).T.tolist()))
+    for i in range(inner): assert sorted(map(tuple, torch.cat(seen[i * updates:(i + 1) * updates]).tolist())) == wanted
+    assert all(len(set(pairs[:, 1].tolist())) * 3 == len(pairs) for pairs in seen) # a sample's timesteps stay together
+    if inner > 1: assert not all(torch.equal(a, b) for a, b in zip(seen[:updates], seen[updates:]))
+
+def test_shuffled_pairs():
+    "All timesteps of the given samples, in an order that is the generator's."
+    a, b, c = (shuffled_pairs(torch.tensor([7, 3]), 4, generator(seed)) for seed in (0, 0, 1))
+    assert sorted(map(tuple, a.tolist())) == [(t, s) for t in range(4) for s in (3, 7)]
+    assert torch.equal(a, b) and not torch.equal(a, c)
+
+@pytest.mark.parametrize('max_norm', [1e-3, 1e9])
+def test_one_update_by_hand(fresh, max_norm):
+    "The whole step against autograd, torch's clip and torch's AdamW: gradient clip forgotten or misplaced, learning rate or decay lost."
+    pipe, batch, _, _ = fresh
+    config = replace(SMALL, updates_per_epoch=1, max_grad_norm=max_norm, weight_decay=.1)
+    by_hand = trainable_copy(pipe)
+    for p in (pipe, by_hand): p.unet.zero_grad()
+    optimizers = torch.optim.SGD(pipe.unet.parameters(), lr=.1), torch.optim.SGD(by_hand.unet.parameters(), lr=.1)
+    stats = update(config, pipe, optimizers[0], batch, ADVANTAGES, generator())
+    oracle_loss(by_hand, batch, ADVANTAGES).backward()
+    norm = nn.utils.clip_grad_norm_(by_hand.unet.parameters(), max_norm).item()
+    before = weights(by_hand.unet)
+    optimizers[1].step()
+    assert stats['grad_norm'] == pytest.approx(norm, rel=1e-3)
+    moved, wanted = weights(pipe.unet) - before, weights(by_hand.unet) - before
+    torch.testing.assert_close(moved, wanted, rtol=0, atol=2e-3 * wanted.abs().max().item() + 1e-7)
+    assert moved.norm().item() == pytest.approx(.1 * min(norm, max_norm), rel=.02)
+
+def test_optimizer_has_the_configs_numbers(micro):
+    "A learning rate or weight decay that never arrives; frozen weights that are trained after all."
+    micro.unet.requires_grad_(False); micro.unet.conv_out.requires_grad_(True)
+    group, = make_optimizer(replace(SMALL, learning_rate=.3, weight_decay=.2), micro).param_groups
+    assert (group['lr'], group['weight_decay'], len(group['params'])) == (.3, .2, 2)
+
+def test_old_gradients_do_not_count(micro):
+    "Gradients left on the UNet by something else (an interrupted update, a gradient looked at) must not enter the first update."
+    clean, dirty = copy.deepcopy(micro.unet), micro
+    for p in dirty.unet.parameters(): p.grad = torch.ones_like(p)
+    rows, _ = run(pipe=dirty)
+    dirty_weights = weights(dirty.unet)
+    micro.unet = clean
+    assert run(pipe=micro)[0] == rows and torch.equal(weights(micro.unet), dirty_weights)
+
+# training
+
+def test_same_seed_same_rows():
+    "Randomness that does not come from the seed; a seed that does not arrive."
+    first, _ = run()
+    torch.manual_seed(99) # must not matter
+    assert run()[0] == first
+    other, _ = run(replace(SMALL, seed=1))
+    assert all(a['reward_mean'] != b['reward_mean'] for a, b in zip(first, other))
+    assert first[0]['reward_mean'] != first[1]['reward_mean'] # each epoch has noise of its own
+
+@pytest.mark.parametrize('size', [1, 3, 100])
+def test_minibatch_size_does_not_change_training(size):
+    "A matter of memory only."
+    rows, other = run()[0], run(replace(SMALL, minibatch_size=size))[0]
+    for a, b in zip(rows, other): assert b['reward_mean'] == pytest.approx(a['reward_mean'], abs=1e-3) and b['loss'] == pytest.approx(a['loss'], abs=1e-3)
+
+def test_row_holds_what_it_says(micro):
+    "Names and values of the metrics, against the epoch that the callback sees."
+    epochs = []
+    rows = train(SMALL, micro, brightness, PROMPTS, epochs.append)
+    assert [e.row for e in epochs] == rows and [row['epoch'] for row in rows] == [0, 1]
+    assert list(rows[0]) == ['epoch', 'reward_mean', 'reward_std', 'loss', 'approx_kl', 'clipfrac', 'ratio', 'grad_norm', 'per_prompt', 'seconds']
+    for e in epochs:
+        assert e.row['reward_mean'] == pytest.approx(e.batch.rewards.mean().item()) and e.row['reward_std'] == pytest.approx(e.batch.rewards.numpy().std(), rel=1e-4)
+        assert all(type(v) in (int, float) and np.isfinite(v) for v in e.row.values())
+        assert set(e.batch.prompts) <= set(PROMPTS) and len(e.batch.prompts) == 5
+
+def test_pitfall_20_the_tracker_gets_the_whole_epoch(micro):
+    "Normalised batch by batch, identical rewards would get other advantages; and its memory must last over epochs."
+    epochs, tracker = [], PerPromptStatTracker(SMALL.buffer_size, SMALL.min_count)
+    train(SMALL, micro, brightness, PROMPTS, epochs.append)
+    for e in epochs:
+        np.testing.assert_allclose(e.advantages, tracker.update(e.batch.prompts, e.batch.rewards))
+        assert e.row['per_prompt'] == tracker.active
+    assert epochs[-1].row['per_prompt'] > 0
+
+@pytest.mark.parametrize('was_training', [True, False])
+def test_pitfall_11_unet_stays_in_eval_mode(was_training):
+    "Dropout between sampling and training: the first ratio would not be 1."
+    pipe = micro_pipeline(dropout=.2)
+    pipe.unet.train(was_training)
+    row = run(replace(SMALL, updates_per_epoch=1, num_epochs=1), pipe)[0][0]
+    assert not any(m.training for m in pipe.unet.modules())
+    assert abs(row['ratio'] - 1) < 1e-6 and row['clipfrac'] == 0
+
+def test_only_the_unet_changes(micro):
+    "VAE and text encoder get no gradient and keep their weights, even where they ask for gradients; the UNet's all move."
+    others = (micro.vae, micro.text_encoder)
+    for part in others: part.requires_grad_(True)
+    kept, before = [weights(part) for part in others], [p.detach().clone() for p in micro.unet.parameters()]
+    run(pipe=micro)
+    for part, old in zip(others, kept): assert torch.equal(weights(part), old) and all(p.grad is None for p in part.parameters())
+    assert not any(torch.equal(a, b) for a, b in zip(before, micro.unet.parameters()))
+
+def test_shipped_model_trains(tiny):
+    "The whole loop on the model of the package, with sizes that do not divide."
+    pipe = trainable_copy(tiny)
+    rows, _ = run(replace(SMALL, num_epochs=1, learning_rate=1e-5, updates_per_epoch=1), pipe)
+    assert rows[0]['clipfrac'] == 0 and abs(rows[0]['ratio'] - 1) < 1e-6 and rows[0]['grad_norm'] > 0
+    assert not torch.equal(weights(pipe.unet), weights(tiny.unet))
+
+def bad_reward(result):
+    "A reward that returns something wrong, or raises it."
+    def reward(images, prompts):
+        if isinstance(result, Exception): raise result
+        return result(images, prompts)
+    return reward
+
+@pytest.mark.parametrize('result, error, words', [
+    (RuntimeError('the judge is ill'), RuntimeError, 'the judge is ill'),
+    (lambda images, prompts: brightness(images, prompts)[:, None], ValueError, r'\(2, 1\) for 2 prompts; expected \(2,\)'),
+    (lambda images, prompts: images.mean(), ValueError, r'shape \(\) for 2 prompts'),
+    (lambda images, prompts: torch.ones(len(images), dtype=torch.long), TypeError, 'int64; expected a float tensor'),
+    (lambda images, prompts: brightness(images, prompts) / 0 * 0, ValueError, "nan for the prompt 'a "),
+    (lambda images, prompts: brightness(images, prompts) / 0, ValueError, "inf for the prompt 'a ")], ids=['raises', '(B,1)', 'scalar', 'integers', 'nan', 'inf'])
+@pytest.mark.parametrize('good_epochs', [0, 1])
+def test_bad_reward_stops_before_any_change(micro, result, error, words, good_epochs):
+    "A clear error, and the weights of the last whole epoch."
+    calls, ends = [], [weights(micro.unet)]
+    def reward(images, prompts):
+        calls.append(1)
+        return brightness(images, prompts) if len(calls) <= 3 * good_epochs else bad_reward(result)(images, ['a cat', 'a dog'][:len(images)])
+    with pytest.raises(error, match=words): train(SMALL, micro, reward, ['a cat', 'a dog'], lambda epoch: ends.append(weights(micro.unet)))
+    assert len(ends) == 1 + good_epochs and torch.equal(weights(micro.unet), ends[-1])
+
+@pytest.mark.parametrize('prompts, error, words', [([], ValueError, 'no prompts'), ('a cat', TypeError, "the string 'a cat'"), ([1], TypeError, 'holds 1, a int')])
+def test_bad_prompts(micro, prompts, error, words):
+    "Nothing to draw from, or letters instead of prompts."
+    for function in (train, evaluate):
+        with pytest.raises(error, match=words): function(SMALL, micro, brightness, prompts)
+
+def test_nothing_to_train(micro):
+    "A frozen UNet would run for hours and learn nothing."
+    micro.unet.requires_grad_(False)
+    with pytest.raises(ValueError, match=r'No parameter.*requires_grad_\(True\)'): run(pipe=micro)
+
+# evaluation
+
+def test_evaluation_is_reproducible_and_changes_nothing(micro):
+    "Before and after must be the same prompts and the same noise."
+    before = weights(micro.unet)
+    first, again, other = (evaluate(SMALL, micro, brightness, PROMPTS, **kwargs) for kwargs in ({}, {}, dict(seed=5)))
+    assert first.prompts == PROMPTS and first.images.shape == (5, 3, 16, 16)
+    assert torch.equal(first.images, again.images) and torch.equal(first.rewards, again.rewards)
+    assert not torch.allclose(first.images, other.images, atol=1e-3)
+    assert torch.equal(before, weights(micro.unet)) and all(p.grad is None for p in micro.unet.parameters())
+
+def test_evaluation_does_not_touch_training(micro):
+    "Looking at the model between epochs must not change the run."
+    rows, _ = run()
+    assert run(pipe=micro, on_epoch=lambda epoch: evaluate(SMALL, micro, brightness, PROMPTS))[0] == rows
+
+def test_evaluation_without_noise(micro):
+    "Evaluation needs no log-probs, so eta=0 is allowed there, in several batches too."
+    config = replace(SMALL, eta=0.)
+    whole, parts = (evaluate(replace(config, sample_batch_size=n), micro, brightness, PROMPTS) for n in (5, 2))
+    torch.testing.assert_close(whole.images, parts.images, rtol=0, atol=1e-4)
+
+# learning
+
+@pytest.mark.parametrize('sign', [1, -1])
+def test_a_reward_rises(tiny, sign):
+    "Everything together, on the shipped model: with the sign of the loss, the advantages or the ratio wrong, brightness would move the other way."
+    config = TrainConfig(num_epochs=5, samples_per_epoch=32, num_inference_steps=5, guidance_scale=1.)
+    pipe, prompts = trainable_copy(tiny), fill_template(simple_animals())
+    def reward(images, prompts): return sign * brightness(images, prompts)
+    before = evaluate(config, pipe, reward, prompts).rewards
+    train(config, pipe, reward, prompts)
+    after = evaluate(config, pipe, reward, prompts).rewards
+    assert (after - before).mean() > .5 * before.std()
