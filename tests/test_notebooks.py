@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted(p for p in (ROOT / 'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts)
-LIMIT = 90 # seconds of wall-clock time on two cores, and of CPU time on one
+LIMIT = 300 # CPU seconds over all cores: a guard against a lesson that hangs or grows; the lessons aim at 90
 
 
 def cpu_seconds():
@@ -26,4 +26,4 @@ def test_notebook_runs(path):
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
     spent = cpu_seconds() - before
     print(f'{path.stem}: {spent:.0f} s of CPU')
-    assert spent <= 2 * LIMIT, f'{spent:.0f} CPU seconds'
+    assert spent <= LIMIT, f'{spent:.0f} CPU seconds'

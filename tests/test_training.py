@@ -12,6 +12,7 @@ import ddpo_tutorial.training as training
 from ddpo_tutorial.advantages import PerPromptStatTracker
 from ddpo_tutorial.pipelines import decode_latents
 from ddpo_tutorial.prompts import fill_template, simple_animals
+from ddpo_tutorial.rewards import tiny_aesthetic
 from ddpo_tutorial.sampling import make_schedule
 from ddpo_tutorial.training import TrainConfig, accumulate, collect, evaluate, join, make_optimizer, shuffled_pairs, train, update
 from helpers import PREDICTION_TYPES, PROMPTS, all_pairs, brightness, calls_of, generator, gradients, micro_pipeline, set_scheduler, trainable_copy, weights
@@ -331,13 +332,11 @@ def test_evaluation_without_noise(micro):
 
 # learning
 
-@pytest.mark.parametrize('sign', [1, -1])
-def test_a_reward_rises(tiny, sign):
-    "Everything together, on the shipped model: with the sign of the loss, the advantages or the ratio wrong, brightness would move the other way."
-    config = TrainConfig(num_epochs=5, samples_per_epoch=32, num_inference_steps=5, guidance_scale=1.)
-    pipe, prompts = trainable_copy(tiny), fill_template(simple_animals())
-    def reward(images, prompts): return sign * brightness(images, prompts)
+def test_a_reward_rises(tiny):
+    "Two epochs of the defaults: with the sign of the loss, the advantages or the ratio wrong, the score would fall, or stay."
+    config, reward, prompts = TrainConfig(num_epochs=2), tiny_aesthetic(), fill_template(simple_animals())
+    pipe = trainable_copy(tiny)
     before = evaluate(config, pipe, reward, prompts).rewards
     train(config, pipe, reward, prompts)
     after = evaluate(config, pipe, reward, prompts).rewards
-    assert (after - before).mean() > .5 * before.std()
+    assert (after - before).mean() > .4 * before.std()
