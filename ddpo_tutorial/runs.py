@@ -18,7 +18,7 @@ from fastprogress.fastprogress import progress_bar
 from matplotlib.figure import Figure
 from PIL import Image
 
-from .pipelines import contact_sheet, load_pipeline, model_source
+from .pipelines import contact_sheet, load_pipeline, model_source, without_bars
 from .prompts import fill_template, held_out_animals, imagenet_animals, read_prompts, simple_animals, tiny_animals
 from .rewards import jpeg_compressibility, jpeg_incompressibility, tiny_aesthetic, tiny_similarity
 from .training import Epoch, Evaluation, TrainConfig, evaluate, option, train
@@ -33,6 +33,11 @@ class RunConfig(TrainConfig):
     template: str = option('{}', "what the animals are put into, e.g. 'a pencil sketch of {}'")
     out: str = option('', 'the folder to write; by default a new one under runs/')
     eval_images: int = option(64, 'pictures drawn before and after with the same prompts and noise')
+
+    def check(self):
+        "Raises ValueError naming the first setting that makes no sense."
+        if self.eval_images < 1: raise ValueError(f'eval_images={self.eval_images!r}; expected a whole number of at least 1.')
+        return super().check()
 
 # %% ../nbs/08_runs.ipynb #2eb83b42
 def find_prompts(
@@ -163,7 +168,7 @@ def finish(
     after: Evaluation | None, # of the trained one; None after an interruption
 ) -> dict: # what `summary` says, or nothing
     "Write the trained pipeline, and the comparison if there is one."
-    pipe.save_pretrained(folder / 'pipeline', safe_serialization=True)
+    with without_bars(): pipe.save_pretrained(folder / 'pipeline', safe_serialization=True)
     if after is None: return {}
     before_after(before, after).save(folder / 'before_after.png')
     result = summary(before, after)
@@ -209,7 +214,8 @@ def main(
     "The command `ddpo_train`: every field of `RunConfig` is an option."
     from transformers import HfArgumentParser
     parser = HfArgumentParser(RunConfig, prog='ddpo_train', description='Train a diffusion model with DDPO. Without an option: the tiny model, on its aesthetic reward.')
-    config, = parser.parse_args_into_dataclasses(args)
+    config, unknown = parser.parse_args_into_dataclasses(args, return_remaining_strings=True)
+    if unknown: parser.error(f'there is no option {unknown[0]!r}; --help lists the options')
     try: run(config)
     except (ValueError, TypeError, OSError) as error:
         print(f'ddpo_train: {error}', file=sys.stderr)

@@ -137,12 +137,13 @@ def test_pitfall_24_order_of_pairs_does_not_matter(fresh):
 @pytest.mark.parametrize('guidance_scale', [1., 2.])
 @pytest.mark.parametrize('eta', [.5, 1.])
 def test_pitfall_08_first_ratio_is_one(micro, eta, guidance_scale, prediction_type):
-    "Before the first update max|ratio - 1| is at most 1e-6 and nothing is clipped."
+    """Before the first update every ratio is 1 and nothing is clipped. The allowance is float32's rounding when pairs are grouped otherwise than in
+    sampling: it counts in units of the step's standard deviation, which at eta=0.5 is half as large. A ratio that is wrong is off by 1e-4 and more."""
     set_scheduler(micro, prediction_type=prediction_type)
     config = replace(SMALL, eta=eta, guidance_scale=guidance_scale, updates_per_epoch=1, num_epochs=1)
     batch, ratios = epoch_of(micro, config), []
     for pair in all_pairs(3, 5).T: ratios.append(accumulate(config, micro, schedule_of(micro, config), batch, ADVANTAGES, pair[None])['ratio'])
-    assert (torch.stack(ratios) - 1).abs().max() <= 2e-6
+    assert (torch.stack(ratios) - 1).abs().max() <= 5e-6
     micro.unet.zero_grad()
     row = run(config, micro)[0][0]
     assert row['clipfrac'] == 0 and abs(row['ratio'] - 1) <= 1e-6 and row['approx_kl'] < 1e-11
