@@ -5,19 +5,24 @@
 # %% auto #0
 __all__ = ['check_images', 'check_rewards', 'score', 'jpeg_kilobytes', 'jpeg_incompressibility', 'jpeg_compressibility',
            'clip_pixels', 'AestheticPredictor', 'tiny_clip_folder', 'load_tiny_clip', 'tiny_aesthetic',
-           'TextSimilarity', 'tiny_similarity', 'WeightedSum']
+           'TextSimilarity', 'tiny_similarity', 'WeightedSum', 'collapse', 'file_sha256', 'download', 'load_open_clip',
+           'laion_aesthetic', 'clip_similarity', 'PickScore', 'pick_score', 'Offloaded']
 
-# %% ../nbs/01_rewards.ipynb #9953283c
+# %% ../nbs/01_rewards.ipynb #aba1aad2
+import hashlib
 import io
 import json
 from importlib.resources import files
 from pathlib import Path
+from urllib.parse import unquote
 
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
+from transformers import CLIPModel, CLIPTokenizer
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 # %% ../nbs/01_rewards.ipynb #d79b3432
 def check_images(
@@ -49,8 +54,9 @@ def score(
     images: torch.Tensor, # (B, 3, H, W) float in [0, 1]
     prompts: list[str], # B
 ) -> torch.Tensor: # (B,) float32, checked
-    "Call a reward without gradient and check both what goes in and what comes out."
+    "Call a reward without gradient, a module in evaluation mode, and check both what goes in and what comes out."
     check_images(images)
+    if isinstance(reward, nn.Module): reward.eval()
     if len(images) != len(prompts): raise ValueError(f'{len(images)} images and {len(prompts)} prompts; expected one prompt an image.')
     return check_rewards(reward(images, prompts), prompts)
 
@@ -150,19 +156,18 @@ class TextSimilarity(nn.Module):
     "How well an image fits a text, by CLIP: the cosine of their features."
     def __init__(self,
         clip: nn.Module, # an open_clip model
-        tokenizer, # a transformers tokenizer whose ids the model reads
+        tokenize, # function: N strings -> (N, L) ids that the model reads
     ):
         super().__init__()
         self.predictor = AestheticPredictor(clip, torch.zeros(()), torch.zeros(()))
-        self.tokenizer = tokenizer
+        self.tokenize = tokenize
 
     def text_features(self,
         texts: list[str], # N
     ) -> torch.Tensor: # (N, D) of length 1
         "The CLIP features of texts, L2-normalised."
         clip = self.predictor.clip
-        ids = self.tokenizer(texts, padding='max_length', truncation=True, max_length=clip.context_length, return_tensors='pt').input_ids
-        return F.normalize(clip.encode_text(ids.to(next(clip.parameters()).device)), dim=-1)
+        return F.normalize(clip.encode_text(self.tokenize(texts).to(next(clip.parameters()).device)), dim=-1)
 
     def forward(self,
         images: torch.Tensor, # (B, 3, H, W) float in [0, 1]
@@ -182,8 +187,9 @@ def tiny_similarity(
     device: str | torch.device = 'cpu', # where to score
 ) -> TextSimilarity: # a reward, and a classifier
     "The tiny world's text-to-image similarity."
-    from transformers import CLIPTokenizer
-    return TextSimilarity(load_tiny_clip(), CLIPTokenizer.from_pretrained(tiny_clip_folder().parent / 'tokenizer')).to(device)
+    clip, tokenizer = load_tiny_clip(), CLIPTokenizer.from_pretrained(tiny_clip_folder().parent / 'tokenizer')
+    options = dict(padding='max_length', truncation=True, max_length=clip.context_length, return_tensors='pt')
+    return TextSimilarity(clip, lambda texts: tokenizer(texts, **options).input_ids).to(device)
 
 # %% ../nbs/01_rewards.ipynb #7bf2e704
 class WeightedSum(nn.Module):
@@ -194,6 +200,7 @@ class WeightedSum(nn.Module):
         super().__init__()
         if not terms: raise ValueError('WeightedSum() has no terms; expected name=(weight, reward), e.g. WeightedSum(look=(1.0, aesthetic)).')
         self.terms, self.parts = terms, {}
+        self.judges = nn.ModuleDict({name: reward for name, (_, reward) in terms.items() if isinstance(reward, nn.Module)})
 
     def forward(self,
         images: torch.Tensor, # (B, 3, H, W) float in [0, 1]
@@ -202,3 +209,133 @@ class WeightedSum(nn.Module):
         "The sum of weight times reward."
         self.parts = {name: check_rewards(reward(images, prompts), prompts) for name, (_, reward) in self.terms.items()}
         return sum(weight * self.parts[name] for name, (weight, _) in self.terms.items())
+
+# %% ../nbs/01_rewards.ipynb #8b76251f
+def collapse(
+    state: dict, # 'layers.<i>.weight' and 'layers.<i>.bias' of linear layers with nothing between them
+) -> tuple[torch.Tensor, torch.Tensor]: # (D,) weight and () bias
+    "Multiply linear layers that follow each other into one, in double precision."
+    numbers = sorted(int(name.split('.')[1]) for name in state if name.endswith('.weight'))
+    features = state[f'layers.{numbers[0]}.weight'].shape[1]
+    weight, bias = torch.eye(features).double(), torch.zeros(features).double()
+    for i in numbers:
+        layer, shift = state[f'layers.{i}.weight'].double(), state[f'layers.{i}.bias'].double()
+        weight, bias = layer @ weight, layer @ bias + shift
+    return weight[0].float(), bias[0].float()
+
+# %% ../nbs/01_rewards.ipynb #78309443
+def file_sha256(
+    path: Path, # of an existing file
+) -> str: # 64 hexadecimal digits
+    "The checksum of a file."
+    with path.open('rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()
+
+def download(
+    url: str, # of one file
+    sha256: str, # what it must be
+    folder: str | Path | None = None, # by default torch.hub's folder of checkpoints
+) -> Path: # the file, checked
+    "Fetch a file once and check it each time. Raises ValueError when it does not arrive as published; nothing broken stays."
+    path = Path(folder or Path(torch.hub.get_dir()) / 'checkpoints') / unquote(url.rsplit('/', 1)[-1])
+    if path.is_file():
+        if file_sha256(path) == sha256: return path
+        print(f'{path} is not the published file (its SHA-256 is wrong); it is removed and fetched again.')
+        path.unlink()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    print(f'Downloading {path.name} from {url} to {path.parent}.')
+    try: torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256, progress=False)
+    except Exception as error:
+        path.unlink(missing_ok=True)
+        raise ValueError(f'{url} could not be had as published ({type(error).__name__}: {error}). The broken part was removed. Try again, or put the file at {path} yourself; its SHA-256 must be {sha256}.') from error
+    return path
+
+# %% ../nbs/01_rewards.ipynb #cd2d8dd0
+def load_open_clip(
+    name: str = 'ViT-L-14-quickgelu', # open_clip's name of the architecture
+    weights: str = 'openai', # open_clip's name of the weights
+) -> nn.Module: # an open_clip model in evaluation mode
+    "A published CLIP: from the local cache, or from huggingface.co, 1.7 GB for ViT-L/14. Raises ValueError when it cannot be had."
+    import open_clip
+    print(f'CLIP {name} ({weights}): from the local cache, or else a download from huggingface.co, about 1.7 GB for ViT-L/14.')
+    try: return open_clip.create_model(name, pretrained=weights).eval().requires_grad_(False)
+    except Exception as error: raise ValueError(f'CLIP {name} ({weights}) could not be loaded ({type(error).__name__}). Check the names and the network; the tiny judges need no download.') from error
+
+def laion_aesthetic(
+    device: str | torch.device = 'cpu', # where to score
+    head: str | Path | None = None, # the head's file, if you have it; else it is fetched
+    clip: nn.Module | None = None, # an open_clip ViT-L-14-quickgelu, if you have it; else it is loaded
+) -> AestheticPredictor: # a reward, about 1 to 10
+    """LAION's aesthetic predictor (Schuhmann 2022, github.com/christophschuhmann/improved-aesthetic-predictor, Apache-2.0): a head on the normalised features
+    of OpenAI's CLIP ViT-L/14. Raises ValueError when a part cannot be had or is not the published one."""
+    url = 'https://github.com/christophschuhmann/improved-aesthetic-predictor/raw/main/sac%2Blogos%2Bava1-l14-linearMSE.pth'
+    sha256 = '21dd590f3ccdc646f0d53120778b296013b096a035a2718c9cb0d511bff0f1e0'
+    path = Path(head) if head else download(url, sha256)
+    if not path.is_file() or file_sha256(path) != sha256: raise ValueError(f'{str(path)!r} is not the published head; expected a file whose SHA-256 is {sha256}.')
+    weight, bias = collapse(torch.load(path, map_location='cpu', weights_only=True))
+    return AestheticPredictor(clip or load_open_clip(), weight, bias).to(device)
+
+def clip_similarity(
+    device: str | torch.device = 'cpu', # where to score
+    name: str = 'ViT-L-14-quickgelu', # open_clip's name of the architecture
+    clip: nn.Module | None = None, # that model, if you have it; else it is loaded
+) -> TextSimilarity: # a reward in [-1, 1]
+    "How well a picture fits its prompt, by OpenAI's CLIP. Raises ValueError when the model cannot be had."
+    import open_clip
+    return TextSimilarity(clip or load_open_clip(name), open_clip.get_tokenizer(name)).to(device)
+
+# %% ../nbs/01_rewards.ipynb #b5d02c04
+class PickScore(nn.Module):
+    "Which picture people would pick for a prompt: a CLIP's factor times the cosine (arXiv 2305.01569, eq. 1)."
+    def __init__(self,
+        clip: nn.Module, # a transformers CLIPModel
+        tokenizer, # the transformers tokenizer that belongs to it
+    ):
+        super().__init__()
+        self.clip, self.tokenizer = clip.eval().requires_grad_(False), tokenizer
+
+    def train(self, mode: bool = True): # always evaluation mode
+        "Training mode is refused silently, as in `AestheticPredictor`."
+        return super().train(False)
+
+    def forward(self,
+        images: torch.Tensor, # (B, 3, H, W) float in [0, 1]
+        prompts: list[str], # B
+    ) -> torch.Tensor: # (B,) float32
+        "The score of each image for its prompt."
+        config = self.clip.config
+        pixels = clip_pixels(check_images(images), config.vision_config.image_size, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD).to(self.clip.dtype)
+        words = self.tokenizer(prompts, padding=True, truncation=True, max_length=config.text_config.max_position_embeddings, return_tensors='pt').to(pixels.device)
+        out = self.clip(pixel_values=pixels, **words)
+        return (self.clip.logit_scale.exp() * (out.image_embeds * out.text_embeds).sum(-1)).float()
+
+def pick_score(
+    device: str | torch.device = 'cpu', # where to score
+) -> PickScore: # a reward; half precision on a GPU
+    "PickScore_v1: 3.9 GB from huggingface.co/yuvalkirstain/PickScore_v1 the first time. Raises ValueError when it cannot be had."
+    name, processor = 'yuvalkirstain/PickScore_v1', 'laion/CLIP-ViT-H-14-laion2B-s32B-b79K'
+    print(f'PickScore: from the local cache, or else a download from huggingface.co/{name}, about 3.9 GB.')
+    try: clip, tokenizer = CLIPModel.from_pretrained(name), CLIPTokenizer.from_pretrained(processor)
+    except Exception as error: raise ValueError(f'{name} could not be loaded ({type(error).__name__}). Check the network; tiny_similarity() needs no download.') from error
+    return PickScore(clip.half() if torch.device(device).type == 'cuda' else clip, tokenizer).to(device)
+
+# %% ../nbs/01_rewards.ipynb #35df852f
+class Offloaded(nn.Module):
+    "A reward that waits on the CPU and is moved to the images' device for each call. Price: its weights are copied there and back each time."
+    def __init__(self,
+        reward: nn.Module, # any reward that is a module
+    ):
+        super().__init__()
+        self.reward = reward.to('cpu')
+
+    @property
+    def parts(self) -> dict: # name -> (B,), of a weighted sum; else empty
+        "The parts of the reward inside."
+        return getattr(self.reward, 'parts', {})
+
+    def forward(self,
+        images: torch.Tensor, # (B, 3, H, W) float in [0, 1]
+        prompts: list[str], # B
+    ) -> torch.Tensor: # (B,) on the images' device
+        "The reward's answer; the reward is back on the CPU afterwards, whatever happens."
+        try: return self.reward.to(images.device)(images, prompts)
+        finally: self.reward.to('cpu')

@@ -4,11 +4,13 @@
 
 # %% auto #0
 __all__ = ['check_scheduler', 'Schedule', 'check_steps', 'make_schedule', 'per_sample', 'clean_and_noise', 'step_mean',
-           'gaussian_log_prob', 'predict', 'Trajectory', 'noise_like', 'first_latents', 'sample', 'rescore']
+           'gaussian_log_prob', 'in_precision_of', 'predict', 'Trajectory', 'noise_like', 'first_latents', 'sample',
+           'rescore']
 
-# %% ../nbs/04_sampling.ipynb #28c2bfa6
+# %% ../nbs/04_sampling.ipynb #1c0d9366
 import copy
 import math
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -31,11 +33,12 @@ def check_scheduler(
 
 # %% ../nbs/04_sampling.ipynb #019f4200
 class Schedule(NamedTuple):
-    "The numbers of every sampling step that do not depend on the model; each is a (T,) tensor."
+    "The numbers of every sampling step that do not depend on the model; the tensors are (T,)."
     timesteps: torch.Tensor # t, the training timestep of each step, from noisy to clean
     alpha: torch.Tensor # alpha-bar at t
     alpha_prev: torch.Tensor # alpha-bar at the timestep that the step goes to
     std: torch.Tensor # sigma: the standard deviation of the step's Gaussian
+    random: bool # False for eta=0, where no step is
 
 def check_steps(
     limit: int, # timesteps the model was trained on
@@ -64,7 +67,7 @@ def make_schedule(
     alpha = scheduler.alphas_cumprod.double()[t]
     alpha_prev = torch.where(previous >= 0, scheduler.alphas_cumprod.double()[previous.clamp(min=0)], scheduler.final_alpha_cumprod.double())
     std = eta * ((1 - alpha_prev) / (1 - alpha) * (1 - alpha / alpha_prev)).sqrt()
-    return Schedule(t.to(device), *(x.float().to(device) for x in (alpha, alpha_prev, std)))
+    return Schedule(t.to(device), *(x.float().to(device) for x in (alpha, alpha_prev, std)), eta > 0)
 
 # %% ../nbs/04_sampling.ipynb #b3523205
 def per_sample(
@@ -110,7 +113,13 @@ def gaussian_log_prob(
     log_prob = -.5 * z**2 - torch.where(random, std, 1.).log() - .5 * math.log(2 * math.pi)
     return torch.where(random, log_prob, 0.).flatten(1).mean(1)
 
-# %% ../nbs/04_sampling.ipynb #357c120c
+# %% ../nbs/04_sampling.ipynb #b330e655
+def in_precision_of(
+    text: torch.Tensor, # the encoded prompts
+): # a context manager
+    "Autocast to the dtype of the encoded prompts if it has 16 bits; otherwise leave everything as the caller has it."
+    return torch.autocast(text.device.type, text.dtype) if text.dtype in (torch.bfloat16, torch.float16) else nullcontext()
+
 def predict(
     unet, # UNet2DConditionModel
     x: torch.Tensor, # (N, C, H, W) noisy latents
@@ -120,9 +129,10 @@ def predict(
 ) -> torch.Tensor: # (N, C, H, W) float32
     "The UNet's output, guided: eps(empty) + scale (eps(text) - eps(empty)), eq. 6 of arXiv 2207.12598 in diffusers' scale."
     text, empty = context
-    if guidance_scale <= 1: return unet(x, timesteps, text).sample.float()
-    both = torch.cat([empty.expand_as(text), text])
-    uncond, cond = unet(torch.cat([x, x]), timesteps.expand(len(x)).repeat(2), both).sample.float().chunk(2)
+    with in_precision_of(text):
+        if guidance_scale <= 1: return unet(x, timesteps, text).sample.float()
+        both = torch.cat([empty.expand_as(text), text])
+        uncond, cond = unet(torch.cat([x, x]), timesteps.expand(len(x)).repeat(2), both).sample.float().chunk(2)
     return uncond + guidance_scale * (cond - uncond)
 
 # %% ../nbs/04_sampling.ipynb #68bd994a
@@ -162,7 +172,7 @@ def sample(
     eta: float = 1., # 0: deterministic, log_probs is None
     latents: torch.Tensor | None = None, # (B, C, H, W) the first noise, drawn if not given
 ) -> Trajectory: # of B samples
-    "Sample, and keep every latent with the log-probability of the step that led to it. The UNet runs as it is: eval mode, the caller's autocast."
+    "Sample, and keep every latent with the log-probability of the step that led to it. The UNet runs as it is, in the precision of the context."
     schedule = make_schedule(pipe.scheduler, num_inference_steps, eta, pipe.device)
     x = first_latents(pipe, len(context[0]), generator, latents)
     path, log_probs = [x], []
@@ -170,9 +180,9 @@ def sample(
         output = predict(pipe.unet, x, t, context, guidance_scale)
         mean = step_mean(schedule, i, x, output, pipe.scheduler.config.prediction_type)
         std = schedule.std[i]
-        x = mean + std * noise_like(mean.shape, generator, pipe.device) if eta > 0 else mean
+        x = mean + std * noise_like(mean.shape, generator, pipe.device) if schedule.random else mean
         path.append(x); log_probs.append(gaussian_log_prob(x, mean, std))
-    return Trajectory(torch.stack(path), schedule.timesteps, torch.stack(log_probs) if eta > 0 else None)
+    return Trajectory(torch.stack(path), schedule.timesteps, torch.stack(log_probs) if schedule.random else None)
 
 # %% ../nbs/04_sampling.ipynb #0fe4c77e
 def rescore(
@@ -185,7 +195,7 @@ def rescore(
     guidance_scale: float = 5., # as in `sample`
 ) -> torch.Tensor: # (N,) log-probs, with gradient
     "The log-probability of steps already taken, under the UNet as it is now. Raises ValueError when the schedule has eta=0."
-    if not (schedule.std > 0).any(): raise ValueError('The schedule has eta=0: its steps are not random and have no log-probability. Sample with eta > 0, e.g. eta=1.')
+    if not schedule.random: raise ValueError('The schedule has eta=0: its steps are not random and have no log-probability. Sample with eta > 0, e.g. eta=1.')
     output = predict(pipe.unet, latents, schedule.timesteps[steps], context, guidance_scale)
     mean = step_mean(schedule, steps, latents, output, pipe.scheduler.config.prediction_type)
     return gaussian_log_prob(next_latents, mean, per_sample(schedule.std, steps))

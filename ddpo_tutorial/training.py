@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['option', 'TrainConfig', 'Batch', 'Epoch', 'collect_some', 'join', 'collect', 'accumulate', 'shuffled_pairs', 'update',
-           'make_optimizer', 'train', 'Evaluation', 'evaluate']
+           'make_optimizer', 'make_scaler', 'step_with', 'train', 'Evaluation', 'evaluate']
 
 # %% ../nbs/07_training.ipynb #de73dff6
 import time
@@ -73,6 +73,7 @@ class Batch(NamedTuple):
     trajectory: Trajectory # T steps of B samples
     images: torch.Tensor # (B, 3, H, W) in [0, 1], on the CPU
     rewards: torch.Tensor # (B,)
+    parts: dict # name -> (B,), the terms of a weighted sum; else empty
 
 class Epoch(NamedTuple):
     "What the loop hands to its callback after each epoch."
@@ -91,17 +92,19 @@ def collect_some(
     context = encode_prompts(pipe, prompts)
     trajectory = sample(pipe, context, generator, config.num_inference_steps, config.guidance_scale, config.eta)
     with torch.no_grad(): images = decode_latents(pipe, trajectory.latents[-1])
-    return Batch(prompts, context, trajectory, images.cpu(), score(reward, images, prompts).cpu())
+    rewards = score(reward, images, prompts).cpu()
+    parts = {name: part.detach().cpu() for name, part in getattr(reward, 'parts', {}).items()}
+    return Batch(prompts, context, trajectory, images.cpu(), rewards, parts)
 
 def join(
     batches: list[Batch], # of one schedule
 ) -> Batch: # all samples
     "Join batches along the sample axis."
-    prompts, contexts, trajectories, images, rewards = zip(*batches)
+    prompts, contexts, trajectories, images, rewards, parts = zip(*batches)
     context = Context(torch.cat([c.text for c in contexts]), contexts[0].empty)
     log_probs = None if trajectories[0].log_probs is None else torch.cat([t.log_probs for t in trajectories], 1)
     trajectory = Trajectory(torch.cat([t.latents for t in trajectories], 1), trajectories[0].timesteps, log_probs)
-    return Batch(sum(prompts, []), context, trajectory, torch.cat(images), torch.cat(rewards))
+    return Batch(sum(prompts, []), context, trajectory, torch.cat(images), torch.cat(rewards), {name: torch.cat([p[name] for p in parts]) for name in parts[0]})
 
 def collect(
     config: TrainConfig, # its sampling settings
@@ -122,6 +125,7 @@ def accumulate(
     batch: Batch, # the epoch's samples
     advantages: torch.Tensor, # (B,)
     pairs: torch.Tensor, # (N, 2) of (step, sample): one update's
+    scaler: torch.amp.GradScaler | None = None, # multiplies the loss, where gradients in float16 would vanish
 ) -> dict: # the loss and its diagnostics, averaged over the pairs
     "Add up the gradient of the mean loss over `pairs`, a minibatch at a time."
     latents, old, totals = batch.trajectory.latents, batch.trajectory.log_probs, {}
@@ -130,7 +134,7 @@ def accumulate(
         new = rescore(pipe, context, schedule, step, latents[step, row], latents[step + 1, row], config.guidance_scale)
         loss, stats = ppo_loss(new, old[step, row], advantages[row], config.clip_range, config.adv_clip_max)
         share = len(row) / len(pairs)
-        (loss * share).backward()
+        (scaler.scale(loss * share) if scaler else loss * share).backward()
         for name, value in dict(loss=loss.detach(), **stats).items(): totals[name] = totals.get(name, 0) + value * share
     return totals
 
@@ -150,6 +154,7 @@ def update(
     batch: Batch, # the epoch's samples
     advantages, # (B,) numbers
     generator: torch.Generator, # for the shuffling
+    scaler: torch.amp.GradScaler | None = None, # of `make_scaler`; not needed without float16
 ) -> dict: # loss, approx_kl, clipfrac, ratio, grad_norm: means over the updates
     "The epoch's optimizer steps: split the samples, add up each part's gradient, clip its norm, step."
     schedule = make_schedule(pipe.scheduler, config.num_inference_steps, config.eta, pipe.device)
@@ -161,9 +166,10 @@ def update(
         order = torch.randperm(len(batch.prompts), generator=generator)
         for samples in order.tensor_split(config.updates_per_epoch):
             pairs = shuffled_pairs(samples, config.num_inference_steps, generator).to(pipe.device)
-            stats = accumulate(config, pipe, schedule, batch, advantages, pairs)
+            stats = accumulate(config, pipe, schedule, batch, advantages, pairs, scaler)
+            if scaler: scaler.unscale_(optimizer)
             stats['grad_norm'] = torch.nn.utils.clip_grad_norm_(weights, config.max_grad_norm)
-            optimizer.step(); optimizer.zero_grad()
+            step_with(optimizer, scaler)
             history.append(stats)
     return {name: torch.stack([h[name] for h in history]).mean().item() for name in history[0]}
 
@@ -174,7 +180,22 @@ def make_optimizer(
     "AdamW over the UNet's trainable parameters. Raises ValueError when there are none."
     weights = [p for p in pipe.unet.parameters() if p.requires_grad]
     if not weights: raise ValueError('No parameter of pipe.unet asks for gradients; expected a trainable UNet: pipe.unet.requires_grad_(True).')
-    return torch.optim.AdamW(weights, lr=config.learning_rate, weight_decay=config.weight_decay)
+    return torch.optim.AdamW(weights, lr=config.learning_rate, weight_decay=config.weight_decay, fused=pipe.device.type == 'cuda')
+
+def make_scaler(
+    pipe, # StableDiffusionPipeline
+) -> torch.amp.GradScaler | None: # None unless the UNet computes in float16
+    "The gradient of a mean over thousands of latents is below what float16 can hold; a scaler multiplies it and divides again before the step."
+    return torch.amp.GradScaler(pipe.device.type) if pipe.text_encoder.dtype == torch.float16 else None
+
+def step_with(
+    optimizer: torch.optim.Optimizer, # gradients are there
+    scaler: torch.amp.GradScaler | None, # of `make_scaler`
+) -> None:
+    "One optimizer step; with a scaler, a step whose gradients overflowed is left out. Gradients are then cleared."
+    if scaler: scaler.step(optimizer); scaler.update()
+    else: optimizer.step()
+    optimizer.zero_grad()
 
 # %% ../nbs/07_training.ipynb #43c7cde2
 def train(
@@ -187,16 +208,16 @@ def train(
     "DDPO (Black et al. 2023, algorithm 1): sample, score, normalise, update; again. The same seed gives the same rows on the same machine."
     config.check(); check_prompts(prompts); pipe.unet.eval()
     generator = torch.Generator().manual_seed(config.seed)
-    optimizer = make_optimizer(config, pipe)
+    optimizer, scaler = make_optimizer(config, pipe), make_scaler(pipe)
     tracker = PerPromptStatTracker(config.buffer_size, config.min_count)
     rows = []
     for epoch in range(config.num_epochs):
         start = time.perf_counter()
         batch = collect(config, pipe, reward, draw_prompts(prompts, config.samples_per_epoch, generator), generator)
         advantages = tracker.update(batch.prompts, batch.rewards)
-        stats = update(config, pipe, optimizer, batch, advantages, generator)
-        row = dict(epoch=epoch, reward_mean=batch.rewards.mean().item(), reward_std=batch.rewards.std(correction=0).item(), **stats,
-                   per_prompt=tracker.active, seconds=time.perf_counter() - start)
+        stats = update(config, pipe, optimizer, batch, advantages, generator, scaler)
+        row = dict(epoch=epoch, reward_mean=batch.rewards.mean().item(), reward_std=batch.rewards.std(correction=0).item(),
+                   **{f'reward_{name}': part.mean().item() for name, part in batch.parts.items()}, **stats, per_prompt=tracker.active, seconds=time.perf_counter() - start)
         rows.append(row)
         if on_epoch: on_epoch(Epoch(row, batch, advantages))
     return rows

@@ -16,3 +16,14 @@ def tiny():
 def micro():
     "A very small random pipeline, a fresh one for every test."
     return micro_pipeline()
+
+def pytest_addoption(parser):
+    parser.addoption('--slow', action='store_true', help='also run the tests that need many minutes or much memory')
+
+def pytest_configure(config):
+    config.addinivalue_line('markers', 'slow: needs many minutes or much memory; runs with --slow')
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption('--slow'): return
+    for item in items:
+        if item.get_closest_marker('slow'): item.add_marker(pytest.mark.skip(reason='needs many minutes or much memory: run with --slow'))

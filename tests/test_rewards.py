@@ -1,15 +1,24 @@
 """The contract reward(images, prompts) -> (B,), and the rewards of the package"""
+import hashlib
+import os
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
 from types import SimpleNamespace
 
+import open_clip
 import pytest
 import torch
 from open_clip import image_transform
 from torch import nn
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
 from ddpo_tutorial.pipelines import to_pil
-from ddpo_tutorial.rewards import (AestheticPredictor, TextSimilarity, WeightedSum, check_images, check_rewards, clip_pixels, jpeg_compressibility,
-    jpeg_incompressibility, jpeg_kilobytes, score, tiny_aesthetic, tiny_similarity)
-from helpers import brightness, generator
+from ddpo_tutorial.rewards import (AestheticPredictor, Offloaded, PickScore, TextSimilarity, WeightedSum, check_images, check_rewards, clip_pixels, clip_similarity,
+    collapse, download, jpeg_compressibility, jpeg_incompressibility, jpeg_kilobytes, laion_aesthetic, load_open_clip, pick_score, score, tiny_aesthetic,
+    tiny_clip_folder, tiny_similarity)
+from ddpo_tutorial.training import TrainConfig, train
+from helpers import PROMPTS, brightness, generator
 
 PAIR = ['a cat', 'an owl']
 
@@ -165,3 +174,212 @@ def test_weighted_sum():
 def test_weighted_sum_of_nothing():
     "A sum of no rewards would be the integer 0."
     with pytest.raises(ValueError, match=r'no terms; expected name=\(weight, reward\)'): WeightedSum()
+
+def test_weighted_sum_moves_and_judges_as_one():
+    "A term left behind in training mode or on another device."
+    judge = nn.Dropout(.5)
+    total = WeightedSum(noise=(1., Wrapped(judge)), light=(1., brightness))
+    assert judge.training
+    score(total, pictures(), PAIR)
+    assert not judge.training
+    assert total.to(torch.float64).judges['noise'].scale.dtype == torch.float64
+
+class Wrapped(nn.Module):
+    "A reward that is a module with a weight."
+    def __init__(self, inner):
+        super().__init__()
+        self.inner, self.scale = inner, nn.Parameter(torch.ones(()))
+
+    def forward(self, images, prompts): return self.inner(images).mean((1, 2, 3)) * self.scale.detach()
+
+def test_score_switches_dropout_off():
+    "Somebody's own reward, freshly made, is in training mode (pitfall 13)."
+    reward, images = Wrapped(nn.Dropout(.5)), pictures()
+    assert not torch.equal(reward(images, PAIR), reward(images, PAIR)) # the fault
+    assert torch.equal(score(reward, images, PAIR), score(reward, images, PAIR))
+
+def test_parts_of_a_sum_are_logged(micro):
+    "Over all batches of an epoch, not the last one."
+    total = WeightedSum(light=(2., brightness), size=(-.5, jpeg_incompressibility))
+    config = TrainConfig(num_epochs=2, samples_per_epoch=5, sample_batch_size=2, num_inference_steps=2, updates_per_epoch=1, buffer_size=8, min_count=2)
+    for row in train(config, micro, total, PROMPTS): assert row['reward_mean'] == pytest.approx(2 * row['reward_light'] - .5 * row['reward_size'], rel=1e-5)
+
+# the LAION head
+
+def find_head():
+    "The published file, where somebody has it; or None."
+    name = 'sac+logos+ava1-l14-linearMSE.pth'
+    places = [os.environ.get('DDPO_LAION_HEAD'), Path(torch.hub.get_dir()) / 'checkpoints' / name, Path(__file__).parents[2] / 'shared' / 'data' / name]
+    return next((Path(p) for p in places if p and Path(p).is_file()), None)
+
+needs_head = pytest.mark.skipif(find_head() is None, reason='the LAION head is not here; name it in DDPO_LAION_HEAD')
+
+def mlp():
+    "The predictor as published: five linear layers with dropout between them, in training mode."
+    layers = nn.Sequential(nn.Linear(768, 1024), nn.Dropout(.2), nn.Linear(1024, 128), nn.Dropout(.2), nn.Linear(128, 64), nn.Dropout(.1), nn.Linear(64, 16), nn.Linear(16, 1))
+    return nn.ModuleDict(dict(layers=layers))
+
+def unit(n=64): return nn.functional.normalize(torch.randn(n, 768, generator=generator()), dim=-1)
+
+@needs_head
+def test_head_collapses_to_one_affine_map():
+    "The published weights: 17.996 long, bias 5.2366, the same scores as all five layers."
+    state = torch.load(find_head(), map_location='cpu', weights_only=True)
+    weight, bias = collapse(state)
+    assert weight.norm().item() == pytest.approx(17.996, abs=1e-3) and bias.item() == pytest.approx(5.2366, abs=1e-4)
+    layers = mlp().eval(); layers.load_state_dict(state)
+    torch.testing.assert_close(unit() @ weight + bias, layers['layers'](unit())[:, 0], rtol=1e-6, atol=2e-6)
+
+@needs_head
+def test_pitfall_13_dropout_in_the_published_head():
+    "The fault, measured: the sd that training mode adds to every score."
+    layers = mlp(); layers.load_state_dict(torch.load(find_head(), map_location='cpu', weights_only=True))
+    noise = torch.stack([layers['layers'](unit())[:, 0] for _ in range(100)]).std(0).mean().item()
+    assert .02 < noise < .3
+
+def test_collapse_keeps_the_order_of_layers():
+    "Ten layers: '10' sorts before '2' as a word."
+    names = [0, 2, 4, 6, 8, 10]
+    layers = {i: nn.Linear(6, 6 if i < 10 else 1) for i in names}
+    x = unit(5)[:, :6]
+    wanted = nn.Sequential(*layers.values())(x)[:, 0]
+    weight, bias = collapse({f'layers.{i}.{k}': v.detach() for i, layer in reversed(layers.items()) for k, v in layer.state_dict().items()})
+    torch.testing.assert_close(x @ weight + bias, wanted)
+
+@pytest.fixture(scope='module')
+def vit():
+    "OpenAI's ViT-L/14 with random weights."
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return open_clip.create_model('ViT-L-14-quickgelu', pretrained=None).eval()
+
+@needs_head
+def test_tensor_path_is_the_pil_path(vit):
+    "Within 0.01 of a point: resizing, cropping and normalising on tensors against open_clip's own transform on PIL pictures."
+    small = torch.nn.functional.interpolate(pictures(3, 24, 24), size=(512, 512), mode='bicubic').clamp(0, 1)
+    predictor = laion_aesthetic(head=find_head(), clip=vit)
+    transform = image_transform(224, is_train=False, mean=vit.visual.image_mean, std=vit.visual.image_std)
+    with torch.no_grad():
+        features = nn.functional.normalize(vit.encode_image(torch.stack([transform(p) for p in to_pil(small)])), dim=-1)
+        assert (score(predictor, small, PAIR + ['a fox']) - (features @ predictor.weight + predictor.bias)).abs().max() < .01
+
+def test_pitfall_14_openais_clip_uses_quickgelu(vit):
+    "The plain name builds another activation, and says nothing."
+    kinds = lambda model: {type(m).__name__ for m in model.modules() if 'GELU' in type(m).__name__}
+    assert kinds(vit) == {'QuickGELU'}
+    assert kinds(open_clip.create_model('ViT-L-14', pretrained=None, device='meta')) == {'GELU'} # the fault
+
+def test_wrong_head_is_refused(tmp_path, vit):
+    "A file that is not the published head must not be unpickled."
+    (tmp_path / 'head.pth').write_bytes(b'something else')
+    for path in (tmp_path / 'head.pth', tmp_path / 'absent.pth'):
+        with pytest.raises(ValueError, match=f'{path.name}.*is not the published head.*SHA-256'): laion_aesthetic(head=path, clip=vit)
+
+def test_similarity_by_a_published_clip(vit):
+    "open_clip's own tokenizer, and a cosine for each picture with its prompt."
+    judge, images = clip_similarity(clip=vit), pictures(2, 224, 224)
+    pixels = clip_pixels(images, 224, vit.visual.image_mean, vit.visual.image_std)
+    with torch.no_grad(): image, text, _ = vit(pixels, open_clip.get_tokenizer('ViT-L-14-quickgelu')(PAIR))
+    torch.testing.assert_close(score(judge, images, PAIR), (image * text).sum(-1), rtol=1e-4, atol=1e-5)
+
+@pytest.mark.parametrize('load', [load_open_clip, pick_score, lambda: laion_aesthetic(clip=None, head=find_head()) if find_head() else load_open_clip()])
+def test_judges_that_cannot_be_had(load, tmp_path, monkeypatch):
+    "Offline without the files: one sentence that names the model."
+    monkeypatch.setenv('HF_HUB_CACHE', str(tmp_path))
+    with pytest.raises(ValueError, match='could not be loaded.*network'): load()
+
+# downloads
+
+GOOD = b'the published bytes' * 1000
+SHA = hashlib.sha256(GOOD).hexdigest()
+
+@pytest.fixture
+def server():
+    "A server on this machine that serves what `bodies` says, and counts."
+    bodies, calls = {}, []
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            calls.append(self.path)
+            body, length = bodies[self.path]
+            self.send_response(200); self.send_header('Content-Length', str(length)); self.end_headers(); self.wfile.write(body)
+        def log_message(self, *args): pass
+    http = HTTPServer(('127.0.0.1', 0), Handler)
+    threading.Thread(target=http.serve_forever, daemon=True).start()
+    yield SimpleNamespace(url=f'http://127.0.0.1:{http.server_port}', bodies=bodies, calls=calls)
+    http.shutdown()
+
+def test_download_once(server, tmp_path, capsys):
+    server.bodies['/head%2Bone.pth'] = GOOD, len(GOOD)
+    for _ in range(2): assert download(server.url + '/head%2Bone.pth', SHA, tmp_path).read_bytes() == GOOD
+    assert len(server.calls) == 1 and [p.name for p in tmp_path.iterdir()] == ['head+one.pth']
+    assert 'head+one.pth' in capsys.readouterr().out
+
+@pytest.mark.parametrize('body, length', [(b'<html>not found</html>', 22), (GOOD[:-1] + b'!', len(GOOD)), (GOOD[:500], 500), (GOOD[:500], len(GOOD))],
+    ids=['another page', 'one wrong byte', 'short', 'cut off'])
+def test_wrong_bytes_are_detected_removed_and_explained(server, tmp_path, body, length):
+    server.bodies['/head.pth'] = body, length
+    with pytest.raises(ValueError, match=f'could not be had as published.*removed.*head.pth.*{SHA}'): download(server.url + '/head.pth', SHA, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+def test_broken_file_in_the_cache_is_replaced(server, tmp_path, capsys):
+    server.bodies['/head.pth'] = GOOD, len(GOOD)
+    (tmp_path / 'head.pth').write_bytes(GOOD[:100])
+    assert download(server.url + '/head.pth', SHA, tmp_path).read_bytes() == GOOD
+    assert 'not the published file' in capsys.readouterr().out
+
+def test_no_server_is_one_sentence(tmp_path):
+    with pytest.raises(ValueError, match='127.0.0.1:9.*could not be had.*put the file at'): download('http://127.0.0.1:9/head.pth', SHA, tmp_path)
+
+# PickScore
+
+def random_pick_score():
+    "A CLIP of PickScore's class with random weights, and the tiny tokenizer."
+    tokenizer = CLIPTokenizer.from_pretrained(tiny_clip_folder().parent / 'tokenizer')
+    small = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        clip = CLIPModel(CLIPConfig(text_config=dict(small, vocab_size=362, max_position_embeddings=16, bos_token_id=360, eos_token_id=361),
+                                    vision_config=dict(small, image_size=32, patch_size=8), projection_dim=16))
+    return PickScore(clip, tokenizer)
+
+def test_pick_score_is_the_models_own_logit():
+    "Against transformers' preprocessing on PIL pictures: logits_per_image of each picture with its own prompt."
+    judge, images = random_pick_score(), pictures(3)
+    processor = CLIPImageProcessor(size=dict(shortest_edge=32), crop_size=dict(height=32, width=32))
+    inputs = dict(processor(to_pil(images), return_tensors='pt'), **judge.tokenizer(PROMPTS[:3], padding=True, return_tensors='pt'))
+    with torch.no_grad(): wanted = judge.clip(**inputs).logits_per_image.diagonal()
+    got = score(judge, images, PROMPTS[:3])
+    assert (got - wanted).abs().max() < .05 * wanted.std() + 1e-3 and got.std() > 0
+
+def test_pick_score_reads_the_prompt_and_not_the_neighbours():
+    "Padding to the longest prompt must not change the others; another prompt must change the score."
+    judge, images = random_pick_score(), pictures(2)
+    alone = torch.cat([score(judge, images[i:i + 1], [PROMPTS[i]]) for i in range(2)])
+    torch.testing.assert_close(score(judge, images, PROMPTS[:2]), alone, rtol=1e-4, atol=1e-5)
+    padded = score(judge, images.repeat(2, 1, 1, 1)[:3], [*PROMPTS[:2], 'a pencil sketch of a hippopotamus on a blue background'])[:2]
+    torch.testing.assert_close(padded, alone, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(score(judge, images, ['a whale'] * 2), alone, rtol=1e-4, atol=1e-5)
+
+# on the CPU between calls
+
+class Traveller(nn.Module):
+    "A reward that notes where it is sent."
+    def __init__(self): super().__init__(); self.places = []
+    def to(self, device): self.places.append(str(device)); return self
+    def forward(self, images, prompts):
+        if prompts[0] == 'raise': raise RuntimeError('no')
+        return brightness(images, prompts)
+
+@pytest.mark.parametrize('prompts', [PAIR, ['raise', 'raise']])
+def test_offloaded_goes_there_and_back(prompts):
+    "Also when the reward fails."
+    inner = Traveller(); reward = Offloaded(inner)
+    try: torch.testing.assert_close(reward(pictures(), prompts), brightness(pictures(), prompts))
+    except RuntimeError: assert prompts[0] == 'raise'
+    assert inner.places == ['cpu', 'cpu', 'cpu'] # at the start, to the images, back
+
+def test_offloaded_shows_the_parts_inside():
+    reward = Offloaded(WeightedSum(light=(2., brightness)))
+    assert reward.parts == {}
+    score(reward, pictures(), PAIR)
+    assert list(reward.parts) == ['light']

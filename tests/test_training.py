@@ -159,7 +159,7 @@ def test_pitfall_23_one_update_never_clips(micro):
 def pairs_of_update(monkeypatch, config, pipe):
     "What `update` hands to `accumulate`: one (N, 2) tensor an optimizer step."
     seen, original = [], training.accumulate
-    monkeypatch.setattr(training, 'accumulate', lambda *args: seen.append(args[-1]) or original(*args))
+    monkeypatch.setattr(training, 'accumulate', lambda *args: seen.append(args[5]) or original(*args))
     update(config, pipe, make_optimizer(config, pipe), epoch_of(pipe, config), ADVANTAGES, generator())
     return seen
 
