@@ -59,7 +59,7 @@ def make_schedule(
     check_scheduler(scheduler)
     limit = scheduler.config.num_train_timesteps
     check_steps(limit, num_inference_steps, eta)
-    scheduler = copy.deepcopy(scheduler)
+    scheduler = copy.copy(scheduler) # the steps are set on the copy
     scheduler.set_timesteps(num_inference_steps)
     t = scheduler.timesteps.cpu().long()
     if t.max() >= limit: raise ValueError(f'num_inference_steps={num_inference_steps} with steps_offset={scheduler.config.steps_offset} starts at timestep {t.max()}; the model knows 0 to {limit - 1}. Use fewer steps.')
@@ -109,9 +109,10 @@ def gaussian_log_prob(
 ) -> torch.Tensor: # (N,)
     "log N(x; mean, std), averaged over the latents' dimensions. A step with std 0 is not random: its log-prob is 0, and it has no gradient."
     random = std > 0
-    z = (x - mean) / torch.where(random, std, 1.)
-    log_prob = -.5 * z**2 - torch.where(random, std, 1.).log() - .5 * math.log(2 * math.pi)
-    return torch.where(random, log_prob, 0.).flatten(1).mean(1)
+    safe = torch.where(random, std, 1.)
+    z = (x - mean) / safe
+    log_prob = -.5 * z.square().flatten(1).mean(1) - safe.log().flatten() - .5 * math.log(2 * math.pi)
+    return torch.where(random.flatten(), log_prob, 0.)
 
 # %% ../nbs/04_sampling.ipynb #b330e655
 def in_precision_of(

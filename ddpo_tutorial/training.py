@@ -205,7 +205,7 @@ def train(
     prompts: list[str], # to draw from
     on_epoch=None, # called with an `Epoch` after each; for curves, sheets, files
 ) -> list[dict]: # one row of metrics an epoch
-    "DDPO (Black et al. 2023, algorithm 1): sample, score, normalise, update; again. The same seed gives the same rows on the same machine."
+    "DDPO (Black et al. 2023, section 4.3): sample, score, normalise, update; again. The same seed gives the same rows on the same machine."
     config.check(); check_prompts(prompts); pipe.unet.eval()
     generator = torch.Generator().manual_seed(config.seed)
     optimizer, scaler = make_optimizer(config, pipe), make_scaler(pipe)

@@ -103,6 +103,8 @@ def test_outputs_are_stored_and_without_errors(path):
     for cell in cells(path):
         assert all(o['output_type'] != 'error' for o in cell['outputs']), source(cell)
         assert cell['execution_count'] is None
+        for data in (o.get('data', {}) for o in cell['outputs']): # a figure that shows as the word <Figure>
+            assert not ''.join(data.get('text/plain', '')).startswith('<Figure') or {'image/png', 'image/jpeg'} & set(data), source(cell)
         if not set(directives(cell)) & {'export', 'hide', 'eval: false', 'cuda', 'download'} and not source(cell).startswith('#| default_exp'):
             shown, quiet = shown + bool(cell['outputs']), quiet + (not cell['outputs'])
     assert shown >= quiet, f'{shown} cells with output, {quiet} without: was the notebook executed?'

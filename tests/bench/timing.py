@@ -33,10 +33,10 @@ def seconds_of(
 def rounds_for(
     slowest: float, # seconds of the slowest side, by the warm-up
     repeats: int, # at least so many
-    least: float = 3., # seconds to measure each side for, at least
-) -> int: # at most four times `repeats`
+    least: float = 10., # seconds to measure each side for, at least
+) -> int: # at most six times `repeats`
     "Short work is repeated more often: its single times scatter more."
-    return max(repeats, min(4 * repeats, math.ceil(least / slowest)))
+    return max(repeats, min(6 * repeats, math.ceil(least / slowest)))
 
 
 def in_turn(
