@@ -40,8 +40,7 @@ def measure(
     if part in ('sampling', 'training'):
         import identical
         checks = identical.check_all(settings)
-        rows = (identical.sampling_part if part == 'sampling' else identical.training_part)(settings)
-        store.put(part, environment, checks=checks, rows=rows)
+        store.put(part, environment, checks=checks, rows=identical.rows_of(part, settings))
     elif part == 'recipe':
         import recipe
         store.put(part, environment, checks=recipe.check_recipe(settings), rows=recipe.recipe_part(settings))

@@ -9,7 +9,7 @@ from ddpo_tutorial.ppo import ppo_loss
 from ddpo_tutorial.sampling import Trajectory, gaussian_log_prob, make_schedule, rescore, sample, step_mean
 from ddpo_tutorial.training import Batch, TrainConfig, accumulate, make_optimizer, step_with
 
-from timing import compare, print_row
+from timing import compare, give_back, print_row
 from trl_side import make_trainer, trl_losses, trl_sample, trl_samples, trl_update
 
 
@@ -192,28 +192,36 @@ def check_all(
     with full_precision(): return check_sampling(twins) + check_training(twins)
 
 
-def sampling_part(
+def sampling_row(
     settings, # of the run
-) -> list[dict]: # a row for each batch size
-    "Seconds to draw a trajectory with its log-probs from given noise and encoded prompts, without decoding."
-    rows = []
-    for batch in settings.batch_sizes:
-        twins = make_twins(settings, batch)
-        rows.append(compare(f'batch {batch}', lambda: our_sample(twins), lambda: trl_sample(twins.trainer, twins.context, twins.noise), settings))
-        print_row('sampling', rows[-1])
-    return rows
+    batch: int, # samples
+) -> dict: # of `compare`
+    "One batch size."
+    twins = make_twins(settings, batch)
+    return compare(f'batch {batch}', lambda: our_sample(twins), lambda: trl_sample(twins.trainer, twins.context, twins.noise), settings)
 
 
-def training_part(
+def training_row(
+    settings, # of the run
+    batch: int, # samples
+) -> dict: # of `compare`
+    "One batch size."
+    twins = make_twins(settings, batch)
+    trajectory, advantages = our_sample(twins), some_advantages(batch, twins.ours.device)
+    twins.trainer.sd_pipeline.scheduler.set_timesteps(settings.steps, device=twins.ours.device)
+    training, theirs = our_training(twins, trajectory, advantages), trl_samples(twins.context, trajectory, advantages)
+    return compare(f'batch {batch}', lambda: our_update(twins, training), lambda: trl_update(twins.trainer, theirs), settings)
+
+
+def rows_of(
+    part: str, # 'sampling' or 'training'
     settings, # of the run
 ) -> list[dict]: # a row for each batch size
-    "Seconds of one update on a given trajectory: forward and backward for each timestep on the whole batch, norm clipped, one AdamW step."
+    """sampling: seconds to draw a trajectory with its log-probs from given noise and encoded prompts, without decoding. training: seconds of one update
+    on a given trajectory: forward and backward for each timestep on the whole batch, norm clipped, one AdamW step."""
     rows = []
     for batch in settings.batch_sizes:
-        twins = make_twins(settings, batch)
-        trajectory, advantages = our_sample(twins), some_advantages(batch, twins.ours.device)
-        twins.trainer.sd_pipeline.scheduler.set_timesteps(settings.steps, device=twins.ours.device)
-        training, theirs = our_training(twins, trajectory, advantages), trl_samples(twins.context, trajectory, advantages)
-        rows.append(compare(f'batch {batch}', lambda: our_update(twins, training), lambda: trl_update(twins.trainer, theirs), settings))
-        print_row('training', rows[-1])
+        rows.append(dict(sampling=sampling_row, training=training_row)[part](settings, batch))
+        print_row(part, rows[-1])
+        give_back()
     return rows

@@ -1,6 +1,4 @@
 """Against the limit: achieved floating-point operations a second over those of a large matrix product on the same device; and what a LoRA needs in memory"""
-import gc
-
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -9,7 +7,7 @@ from ddpo_tutorial.sampling import noise_like, predict, sample
 from ddpo_tutorial.training import TrainConfig, collect, make_optimizer, make_scaler, train, update
 
 from recipe import brightness
-from timing import in_turn, peak_growth, print_row, ratios
+from timing import give_back, in_turn, peak_growth, print_row, ratios
 
 BACKWARD = 2 # a backward pass costs as much as two forward passes; checkpointing adds one forward pass
 
@@ -94,15 +92,9 @@ def limit_part(
     "Sampling and training against the matrix product."
     product = Product(settings.device)
     rows = sampling_rows(settings, product)
-    for minibatch in settings.batch_sizes: rows.append(training_row(settings, product, minibatch)); free()
+    for minibatch in settings.batch_sizes: rows.append(training_row(settings, product, minibatch)); give_back()
     if settings.device == 'cuda': rows.append(training_row(settings, product, max(settings.batch_sizes), checkpointing=True))
     return rows
-
-
-def free() -> None:
-    "Let go of what the last row used."
-    gc.collect()
-    if torch.cuda.is_available(): torch.cuda.empty_cache()
 
 
 def weights_bytes(
@@ -121,7 +113,7 @@ def lora_row(
     pipe = save_memory(add_lora(settings.pipeline(), 4), gradient_checkpointing=checkpointing)
     config = TrainConfig(num_epochs=1, samples_per_epoch=4, sample_batch_size=1, updates_per_epoch=1, num_inference_steps=3, minibatch_size=minibatch)
     case = f'LoRA, minibatch {minibatch}' + ', checkpointing' * checkpointing
-    free()
+    give_back()
     try: growth = peak_growth(lambda: train(config, pipe, brightness, settings.prompts(4)), settings.device)
     except torch.OutOfMemoryError: return dict(case=case, note='does not fit into this memory')
     if settings.device != 'cuda': return dict(case=case, peak_bytes=growth + weights_bytes(pipe))
@@ -135,6 +127,6 @@ def lora_part(
     rows = []
     for checkpointing in (False, True):
         for minibatch in (1, 2) if settings.quick else (1, 2, 4, 8):
-            rows.append(lora_row(settings, minibatch, checkpointing)); free()
+            rows.append(lora_row(settings, minibatch, checkpointing)); give_back()
             print(f'lora, {rows[-1]}', flush=True)
     return rows

@@ -70,8 +70,9 @@ def spread(
 
 
 def give_back() -> None:
-    "Return freed memory to the system where the C library can (glibc): else it would be used again, and growth would not be seen."
+    "Return freed memory to the GPU, and to the system where the C library can (glibc): else it would be used again, and growth would not be seen."
     gc.collect()
+    if torch.cuda.is_available(): torch.cuda.empty_cache()
     try: ctypes.CDLL(None).malloc_trim(0)
     except (AttributeError, OSError, TypeError): pass
 
@@ -98,7 +99,7 @@ def peak_growth(
     CPU: growth of the resident size, sampled by a thread; call it outside of timings."""
     give_back()
     if torch.device(device).type == 'cuda':
-        synchronise(device); torch.cuda.empty_cache(); torch.cuda.reset_peak_memory_stats()
+        synchronise(device); torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         work(); synchronise(device)
         return torch.cuda.max_memory_allocated() - before
