@@ -181,7 +181,7 @@ def sample(
         output = predict(pipe.unet, x, t, context, guidance_scale)
         mean = step_mean(schedule, i, x, output, pipe.scheduler.config.prediction_type)
         std = schedule.std[i]
-        x = mean + std * noise_like(mean.shape, generator, pipe.device) if schedule.random else mean
+        x = mean + std * noise_like(mean.shape, generator, x.device) if schedule.random else mean # pipe.device would take 2 ms: it looks through all parts
         path.append(x); log_probs.append(gaussian_log_prob(x, mean, std))
     return Trajectory(torch.stack(path), schedule.timesteps, torch.stack(log_probs) if schedule.random else None)
 
