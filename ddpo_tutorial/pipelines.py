@@ -167,7 +167,8 @@ def contact_sheet(
     columns: int = 8, # pictures in a row
     size: int = 96, # pixels a picture is shown at
 ) -> Image.Image: # one picture
-    "Lay images out in rows, with a line of text under each."
+    "Lay images out in rows, with a line of text under each. Raises ValueError when there are none."
+    if len(images) == 0: raise ValueError('contact_sheet got 0 images; expected at least one.')
     pictures, line = to_pil(images), 14 if titles else 0
     columns = min(columns, len(pictures)); rows = -(-len(pictures) // columns)
     sheet = Image.new('RGB', (columns * (size + 4), rows * (size + 4 + line)), 'white')

@@ -54,8 +54,9 @@ def ppo_loss(
     adv_clip_max: float = 10., # advantages are clipped to +- this
 ) -> tuple[torch.Tensor, dict]: # the loss (), and its diagnostics as detached tensors ()
     """The clipped surrogate averaged over (sample, timestep) pairs (DDPO-IS, Black et al. 2023, section 4.3).
-    The caller calls backward(). Raises ValueError for shapes that differ."""
+    The caller calls backward(). Raises ValueError for shapes that differ and for a clip_range that is not above 0."""
     check_pairs(log_probs=log_probs, old_log_probs=old_log_probs, advantages=advantages)
+    if not clip_range > 0: raise ValueError(f'clip_range={clip_range}; expected a number above 0.')
     log_ratio = log_probs - old_log_probs.detach()
     ratio = log_ratio.exp()
     loss = clipped_surrogate(ratio, advantages.detach().clamp(-adv_clip_max, adv_clip_max), clip_range).mean()

@@ -58,10 +58,11 @@ def fill_template(
 def read_prompts(
     path: str | Path, # a UTF-8 text file, one prompt a line; empty lines and lines starting with # are skipped
 ) -> list[str]: # its prompts
-    "Read a file of prompts. Raises FileNotFoundError, or ValueError when it holds no prompt."
+    "Read a file of prompts. Raises FileNotFoundError, or ValueError when it holds no prompt or is no text."
     path = Path(path)
     if not path.is_file(): raise FileNotFoundError(f'There is no prompt file {str(path)!r}; expected a text file with one prompt a line.')
-    lines = [line.strip() for line in path.read_text(encoding='utf-8').splitlines()]
+    try: lines = [line.strip() for line in path.read_text(encoding='utf-8').splitlines()]
+    except UnicodeDecodeError as error: raise ValueError(f'The prompt file {str(path)!r} is not UTF-8 text ({error}); save it as UTF-8.') from error
     prompts = [line for line in lines if line and not line.startswith('#')]
     if not prompts: raise ValueError(f'The prompt file {str(path)!r} holds no prompt; expected one a line (lines starting with # are skipped).')
     return prompts
@@ -72,7 +73,8 @@ def draw_prompts(
     n: int, # how many
     generator: torch.Generator, # where the randomness comes from
 ) -> list[str]: # n prompts, with replacement
-    "Draw prompts uniformly, reproducibly. Raises ValueError when there is nothing to draw from."
+    "Draw prompts uniformly, reproducibly. Raises ValueError when there is nothing to draw from, or nothing to be drawn."
     if len(prompts) == 0: raise ValueError('There are no prompts to draw from; expected at least one string.')
+    if n < 1: raise ValueError(f'n={n}; expected at least 1 prompt to be drawn.')
     rows = torch.randint(len(prompts), (n,), generator=generator, device=generator.device)
     return [prompts[i] for i in rows.tolist()]

@@ -55,6 +55,7 @@ def score(
     prompts: list[str], # B
 ) -> torch.Tensor: # (B,) float32, checked
     "Call a reward without gradient, a module in evaluation mode, and check both what goes in and what comes out."
+    if not callable(reward): raise TypeError(f'The reward is a {type(reward).__name__}; expected a function or module: reward(images, prompts) -> (B,).')
     check_images(images)
     if isinstance(reward, nn.Module): reward.eval()
     if len(images) != len(prompts): raise ValueError(f'{len(images)} images and {len(prompts)} prompts; expected one prompt an image.')

@@ -46,7 +46,7 @@ def check_steps(
     eta: float, # DDIM's randomness
 ) -> None:
     "Raises ValueError for a number of steps or an eta that no schedule can have."
-    if not 1 <= num_inference_steps <= limit: raise ValueError(f'num_inference_steps={num_inference_steps}; expected 1 to {limit}, the timesteps the model was trained on.')
+    if not (isinstance(num_inference_steps, int) and 1 <= num_inference_steps <= limit): raise ValueError(f'num_inference_steps={num_inference_steps}; expected a whole number from 1 to {limit}, the timesteps the model was trained on.')
     if not (math.isfinite(eta) and eta >= 0): raise ValueError(f'eta={eta}; expected 0 (deterministic) to 1 (as random as DDPM).')
 
 def make_schedule(

@@ -38,7 +38,8 @@ def finished(tmp_path_factory):
 
 def test_run_folder_is_complete(finished):
     place, _ = finished
-    assert sorted(p.name for p in (place / 'first').iterdir()) == ['before_after.png', 'config.json', 'evaluation.json', 'metrics.csv', 'pipeline', 'reward_curve.png']
+    assert sorted(p.name for p in (place / 'first').iterdir()) == ['before.safetensors', 'before_after.png', 'checkpoints', 'config.json', 'evaluation.json', 'metrics.csv',
+        'pipeline', 'reward_curve.png', 'samples.png', 'updates.csv']
     assert json.loads((place / 'first' / 'config.json').read_text())['samples_per_epoch'] == 5
     for name in ('before_after.png', 'reward_curve.png'):
         Image.open(place / 'first' / name).verify()
@@ -80,55 +81,109 @@ def test_a_run_is_never_overwritten(finished):
     assert done.returncode == 2 and 'already holds something' in done.stderr
 
 
-@pytest.mark.parametrize('args, words', [
-    (['--model', 'tinny'], ["'tinny'", "'tiny'"]),
-    (['--model', '.'], ['model_index.json']),
-    (['--reward', 'beauty'], ["'beauty'", 'aesthetic', 'compressibility']),
-    (['--prompts', 'anmals'], ["'anmals'", 'simple', 'held-out']),
-    (['--prompts', 'empty.txt'], ['empty.txt', 'no prompt']),
-    (['--template', 'a photo'], ["'a photo'", '{}']),
-    (['--eta', '0'], ['eta=0', 'above 0']),
-    (['--num_epochs', '0'], ['num_epochs=0', 'at least 1']),
-    (['--learning_rate', 'nan'], ['learning_rate=nan']),
-    (['--num_inference_steps', '5000'], ['num_inference_steps=5000', '1000']),
-    (['--updates_per_epoch', '9', '--samples_per_epoch', '4'], ['updates_per_epoch=9', 'samples_per_epoch=4']),
-    (['--eval_images', '0'], ['eval_images=0']),
-], ids=lambda v: v[0] + '=' + v[1] if isinstance(v, list) and v[0].startswith('--') else '')
-def test_nonsense_is_refused_in_a_sentence(args, words, tmp_path, capsys, monkeypatch):
-    """One sentence that names the value, exit code 2, no traceback, nothing written."""
-    from ddpo_tutorial.runs import main
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / 'empty.txt').write_text('# nothing here\n\n')
-    assert main(args) == 2
-    said = capsys.readouterr().err
-    assert 'Traceback' not in said and all(w in said for w in words), said
-    assert [p.name for p in tmp_path.iterdir()] == ['empty.txt']
-
-
 def test_unknown_option_is_refused(tmp_path):
     done = command('--sede', '1', cwd=tmp_path)
     assert done.returncode == 2 and '--sede' in done.stderr and 'Traceback' not in done.stderr
 
 
-def test_interruption_keeps_what_is_done(tmp_path):
-    """Ctrl-C after the first epoch: metrics, curve and weights are there, and the command says where."""
-    args = [*SMALL[2:], '--num_epochs', '500', '--out', 'run']
-    process = subprocess.Popen([COMMAND, *args], cwd=tmp_path, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def start(cwd, *args):
+    """A long run in the background, after its first epoch."""
+    process = subprocess.Popen([COMMAND, *SMALL[2:], '--num_epochs', '500', '--out', 'run', *args], cwd=cwd, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     deadline = time.time() + 120
-    while not (tmp_path / 'run' / 'reward_curve.png').exists() and time.time() < deadline:
+    while not (cwd / 'run' / 'checkpoints' / 'epoch-00001').exists() and time.time() < deadline:
         time.sleep(.1)
     time.sleep(.5)
-    process.send_signal(signal.SIGINT)
+    return process
+
+
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_keeps_what_is_done_and_the_run_can_go_on(tmp_path, number):
+    """The epoch ends, a checkpoint is written, and the command says how to go on; then it goes on."""
+    process = start(tmp_path)
+    process.send_signal(number)
     out, err = process.communicate(timeout=60)
-    assert process.returncode == 0 and 'Interrupted' in out and 'run/pipeline' in out, err
-    assert 1 <= len(metrics(tmp_path / 'run')) < 500
+    done = len(metrics(tmp_path / 'run'))
+    assert process.returncode == 0 and 'Stopping after this epoch' in out and 'ddpo_train --resume run' in out and 'run/pipeline' in out, err
+    assert 1 <= done < 500
     StableDiffusionPipeline.from_pretrained(tmp_path / 'run' / 'pipeline')
+    more = command('--resume', 'run', '--num_epochs', str(done + 1), cwd=tmp_path)
+    assert more.returncode == 0 and f'after {done} epochs' in more.stdout and len(metrics(tmp_path / 'run')) == done + 1, more.stderr
+
+
+def test_killed_and_resumed_is_the_same_run(finished, tmp_path):
+    """SIGKILL while training: resumed, it writes the metrics of a run that was left alone."""
+    process = start(tmp_path)
+    process.kill(); process.communicate()
+    more = command('--resume', 'run', '--num_epochs', '9', cwd=tmp_path)
+    alone = command(*SMALL[2:], '--num_epochs', '9', '--out', 'alone', cwd=tmp_path)
+    assert more.returncode == alone.returncode == 0, more.stderr + alone.stderr
+    assert metrics(tmp_path / 'run') == metrics(tmp_path / 'alone') and len(metrics(tmp_path / 'run')) == 9
 
 
 def test_help_names_every_setting(tmp_path):
     from dataclasses import fields
-    from ddpo_tutorial.runs import RunConfig
+    from ddpo_tutorial.configs import RunConfig
     done = command('--help', cwd=tmp_path)
     assert done.returncode == 0
     for f in fields(RunConfig):
         assert f'--{f.name}' in done.stdout and f.metadata['help'].split()[0] in done.stdout
+
+
+def own_reward(place, text):
+    """A module with a reward, in the folder where the command runs."""
+    (place / 'my_rewards.py').write_text('import torch\ncalls = []\n' + text)
+    return ['--reward', 'my_rewards:reward', *SMALL, '--num_epochs', '3', '--out', 'run', '--watch_images', '0']
+
+
+def test_reward_and_prompts_of_ones_own(tmp_path):
+    (tmp_path / 'animals.txt').write_text('a lion\na whale\n')
+    done = command(*own_reward(tmp_path, 'def reward(images, prompts): return images[:, 0].mean((1, 2))'), '--prompts', 'animals.txt', cwd=tmp_path)
+    assert done.returncode == 0 and "'my_rewards:reward', 2 prompts such as 'a lion'" in done.stdout, done.stderr
+
+
+FLAKY = """
+from pathlib import Path
+def reward(images, prompts):
+    calls.append(len(prompts))
+    if len(calls) == 6 and not Path('mended').exists(): raise ConnectionError('the judge did not answer')
+    return images[:, 0].mean((1, 2))
+"""
+
+
+def test_a_reward_that_raises_loses_nothing(tmp_path):
+    """Two calls for the evaluation, two an epoch: it fails in the second epoch. One sentence, exit code 1; mended and resumed it is the run that never failed."""
+    args = own_reward(tmp_path, FLAKY)
+    failed = command(*args, cwd=tmp_path)
+    assert failed.returncode == 1 and 'Traceback' not in failed.stderr, failed.stderr
+    assert 'After 1 of 3 epochs: ConnectionError: the judge did not answer' in failed.stderr and 'ddpo_train --resume run goes on' in failed.stderr
+    (tmp_path / 'mended').write_text('')
+    assert command('--resume', 'run', cwd=tmp_path).returncode == 0
+    alone = command(*[a if a != 'run' else 'alone' for a in args], cwd=tmp_path)
+    assert alone.returncode == 0 and metrics(tmp_path / 'run') == metrics(tmp_path / 'alone') and len(metrics(tmp_path / 'run')) == 3
+
+
+def test_nan_reward_stops_before_the_update(tmp_path):
+    """In the first epoch; named with its prompt, and the untrained model is untouched on the disk."""
+    args = own_reward(tmp_path, "def reward(images, prompts):\n    calls.append(1)\n    return images.mean((1, 2, 3)) * (1. if len(calls) < 5 else float('nan'))")
+    done = command(*args, cwd=tmp_path)
+    assert done.returncode == 1 and 'After 1 of 3 epochs' in done.stderr and 'The reward is nan for the prompt' in done.stderr
+    assert [p.name for p in (tmp_path / 'run' / 'checkpoints').iterdir()] == ['epoch-00001'] and not (tmp_path / 'run' / 'pipeline').exists()
+
+
+def test_a_removed_folder_is_said(tmp_path):
+    """Somebody deletes the run while it trains."""
+    import shutil
+    process = start(tmp_path)
+    try:
+        shutil.rmtree(tmp_path / 'run', ignore_errors=True)
+        _, err = process.communicate(timeout=120)
+    finally: process.kill()
+    assert process.returncode == 1 and 'run' in err and 'FileNotFoundError' in err and 'Traceback' not in err, err
+
+
+def test_wandb_offline_keeps_one_id_over_a_resume(tmp_path):
+    args = [*SMALL, '--out', 'run', '--wandb', 'offline']
+    assert command(*args, '--num_epochs', '1', cwd=tmp_path).returncode == 0
+    done = command('--resume', 'run', '--num_epochs', '2', cwd=tmp_path)
+    ids = {p.stem.split('-')[-1] for p in (tmp_path / 'run' / 'wandb').glob('offline-run-*/*.wandb')}
+    assert done.returncode == 0 and len(ids) == 1 and len(list((tmp_path / 'run' / 'wandb').glob('offline-run-*'))) == 2, done.stderr

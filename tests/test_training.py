@@ -1,5 +1,6 @@
 """The loop: collect, accumulate, update, train, evaluate"""
 import copy
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -35,10 +36,9 @@ def run(config=SMALL, pipe=None, reward=brightness, **kwargs):
 # the config
 
 @pytest.mark.parametrize('name, value, words', [
-    *[(name, value, 'a whole number of at least 1') for name in ('num_epochs', 'samples_per_epoch', 'sample_batch_size', 'num_inference_steps', 'num_inner_epochs',
-        'updates_per_epoch', 'minibatch_size') for value in (0, 2.5)],
+    *[(name, value, 'a whole number of at least 1') for name in ('num_epochs', 'samples_per_epoch', 'sample_batch_size', 'num_inner_epochs', 'updates_per_epoch', 'minibatch_size') for value in (0, 2.5)],
     *[(name, value, 'a number above 0') for name in ('eta', 'learning_rate', 'max_grad_norm', 'clip_range', 'adv_clip_max') for value in (0., -1., float('nan'))],
-    ('updates_per_epoch', 6, 'more than samples_per_epoch=5'), ('min_count', 9, 'more than buffer_size=8'), ('num_inference_steps', 1001, 'expected 1 to')])
+    ('num_inference_steps', 0, 'from 1 to 1000'), ('num_inference_steps', 2.5, 'from 1 to 1000'), ('num_inference_steps', 1001, 'from 1 to 1000'), ('updates_per_epoch', 6, 'more than samples_per_epoch=5'), ('min_count', 9, 'more than buffer_size=8')])
 def test_bad_config(micro, name, value, words):
     "A setting that makes no sense: named with its value, before anything is sampled or changed."
     before, calls = weights(micro.unet), calls_of(micro.unet)
@@ -69,6 +69,23 @@ def test_reward_sees_each_picture_with_its_prompt(micro):
     seen = []
     collect(SMALL, micro, lambda images, prompts: seen.append((len(images), prompts)) or brightness(images, prompts), PROMPTS, generator())
     assert seen == [(2, PROMPTS[:2]), (2, PROMPTS[2:4]), (1, PROMPTS[4:])]
+
+def test_overlapped_rewards_change_nothing_and_save_time():
+    "Scored in a thread while the next batch is drawn: the same rows and weights, and a reward that waits costs less."
+    def slow(images, prompts): time.sleep(.3); return brightness(images, prompts)
+    config, seconds = replace(SMALL, num_epochs=1, sample_batch_size=1, num_inference_steps=60), []
+    results = []
+    for overlap in (False, True):
+        began = time.perf_counter()
+        rows, pipe = run(replace(config, overlap_reward=overlap), reward=slow)
+        seconds.append(time.perf_counter() - began); results.append((rows, weights(pipe.unet)))
+    assert results[0][0] == results[1][0] and torch.equal(results[0][1], results[1][1])
+    assert seconds[1] < seconds[0] - .2, seconds
+
+def test_an_overlapped_reward_may_fail(micro):
+    "The error of the thread is the caller's."
+    def fails(images, prompts): raise ConnectionError('no answer')
+    with pytest.raises(ConnectionError, match='no answer'): run(replace(SMALL, overlap_reward=True), micro, fails)
 
 def test_pitfall_27_prompts_are_encoded_once(micro):
     "The text encoder called again for every minibatch."
@@ -187,7 +204,7 @@ def test_one_update_by_hand(fresh, max_norm):
     by_hand = trainable_copy(pipe)
     for p in (pipe, by_hand): p.unet.zero_grad()
     optimizers = torch.optim.SGD(pipe.unet.parameters(), lr=.1), torch.optim.SGD(by_hand.unet.parameters(), lr=.1)
-    stats = update(config, pipe, optimizers[0], batch, ADVANTAGES, generator())
+    stats, = update(config, pipe, optimizers[0], batch, ADVANTAGES, generator())
     oracle_loss(by_hand, batch, ADVANTAGES).backward()
     norm = nn.utils.clip_grad_norm_(by_hand.unet.parameters(), max_norm).item()
     before = weights(by_hand.unet)
@@ -239,6 +256,32 @@ def test_row_holds_what_it_says(micro):
         assert e.row['reward_mean'] == pytest.approx(e.batch.rewards.mean().item()) and e.row['reward_std'] == pytest.approx(e.batch.rewards.numpy().std(), rel=1e-4)
         assert all(type(v) in (int, float) and np.isfinite(v) for v in e.row.values())
         assert set(e.batch.prompts) <= set(PROMPTS) and len(e.batch.prompts) == 5
+
+def test_every_update_is_noted(micro):
+    "One row an optimizer step; the epoch's row is their mean."
+    epochs = []
+    train(SMALL, micro, brightness, PROMPTS, epochs.append)
+    updates = epochs[-1].state.updates
+    assert [(u['epoch'], u['update']) for u in updates] == [(e, u) for e in range(2) for u in range(3)]
+    for e in epochs:
+        for name in ('loss', 'approx_kl', 'grad_norm'): assert e.row[name] == pytest.approx(np.mean([u[name] for u in updates if u['epoch'] == e.row['epoch']]))
+
+def test_train_goes_on_from_a_state(micro):
+    "A loop that begins again at epoch 0, or makes a new optimizer."
+    through = run(replace(SMALL, num_epochs=4))
+    state = training.new_state(SMALL, micro)
+    for epochs in (1, 2, 4): rows = train(replace(SMALL, num_epochs=epochs), micro, brightness, PROMPTS, state=state)
+    assert without_time(rows) == through[0] and torch.equal(weights(micro.unet), weights(through[1].unet))
+
+@pytest.mark.parametrize('where', ['gradient', 'latents'])
+def test_non_finite_update_is_not_taken(micro, where):
+    "NaN must not reach the weights; the error names the update and the prompts."
+    batch, before = epoch_of(micro), weights(micro.unet)
+    if where == 'gradient': next(micro.unet.parameters()).register_hook(lambda g: g * float('nan'))
+    else: batch.trajectory.latents[2, 1] = float('nan')
+    with pytest.raises(FloatingPointError, match="update [0-2]: .*norm is nan.*step was not taken.*Prompts: " + ("'an owl' .their latents" if where == 'latents' else "'a ")):
+        update(replace(SMALL, learning_rate=0.) , micro, torch.optim.SGD(micro.unet.parameters(), lr=0.), batch, ADVANTAGES, generator())
+    assert torch.equal(weights(micro.unet), before)
 
 def test_pitfall_20_the_tracker_gets_the_whole_epoch(micro):
     "Normalised batch by batch, identical rewards would get other advantages; and its memory must last over epochs."
