@@ -280,7 +280,7 @@ def test_pitfall_06_schedulers_that_are_not_supported(micro, scheduler, error, w
         with pytest.raises(error, match=words): function(scheduler)
 
 @pytest.mark.parametrize('changes, words', [
-    (dict(num_inference_steps=0), 'num_inference_steps=0; expected 1 to'), (dict(num_inference_steps=1001), 'num_inference_steps=1001; expected 1 to'),
+    (dict(num_inference_steps=0), 'num_inference_steps=0; expected a whole number from 1 to'), (dict(num_inference_steps=1001), 'num_inference_steps=1001; expected a whole number from 1 to'),
     (dict(num_inference_steps=1000), 'num_inference_steps=1000'), (dict(eta=-.1), 'eta=-0.1; expected 0'), (dict(eta=float('nan')), 'eta=nan'), (dict(eta=float('inf')), 'eta=inf')])
 def test_bad_settings(changes, words):
     "Numbers that make an empty chain, an index beyond the schedule, or NaN (1,000 steps with steps_offset=1 would start at timestep 1,000)."
