@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['option', 'check_setting', 'TrainConfig', 'Batch', 'Alone', 'Epoch', 'draw', 'judge', 'join', 'collect', 'accumulate',
-           'shuffled_pairs', 'check_gradient', 'update', 'make_optimizer', 'make_scaler', 'step_with', 'State',
-           'new_state', 'train', 'Evaluation', 'evaluate']
+           'shuffled_pairs', 'plan_updates', 'check_gradient', 'gradients', 'update', 'make_optimizer', 'make_scaler',
+           'step_with', 'Unfinished', 'State', 'new_state', 'begin', 'train', 'Evaluation', 'evaluate']
 
 # %% ../nbs/07_training.ipynb #0414817e
 import time
@@ -169,14 +169,19 @@ def collect(
     reward, # reward(images, prompts) -> (B,)
     prompts: list[str], # B, any number
     generator: torch.Generator, # for the noise
+    pause=lambda: None, # called before each batch; it may raise, to stop
 ) -> Batch: # of B samples
     "An epoch's samples, drawn `sample_batch_size` at a time. With `overlap_reward` one thread scores a batch while the next is drawn: the same calls in the same order."
     n = config.sample_batch_size
-    parts = [prompts[i:i + n] for i in range(0, len(prompts), n)]
-    if not config.overlap_reward: return join([judge(reward, draw(config, pipe, part, generator)) for part in parts])
+    def drawn():
+        "One batch after the other."
+        for i in range(0, len(prompts), n):
+            pause()
+            yield draw(config, pipe, prompts[i:i + n], generator)
+    if not config.overlap_reward: return join([judge(reward, batch) for batch in drawn()])
     thread = ThreadPoolExecutor(1)
     try:
-        waiting = [thread.submit(judge, reward, draw(config, pipe, part, generator)) for part in parts]
+        waiting = [thread.submit(judge, reward, batch) for batch in drawn()]
         return join([w.result() for w in waiting])
     finally: thread.shutdown(wait=False, cancel_futures=True)
 
@@ -211,9 +216,18 @@ def shuffled_pairs(
     pairs = torch.cartesian_prod(torch.arange(num_steps), samples)
     return pairs[torch.randperm(len(pairs), generator=generator)]
 
+def plan_updates(
+    config: TrainConfig, # its update settings
+    num_samples: int, # B, of this process
+    generator: torch.Generator, # for the shuffling
+) -> list[torch.Tensor]: # (N, 2) of (step, sample) for each update, inner epoch after inner epoch
+    "Which pairs each update of an epoch will see: samples are shuffled and split, a sample's steps stay together."
+    orders = (torch.randperm(num_samples, generator=generator) for _ in range(config.num_inner_epochs))
+    return [shuffled_pairs(samples, config.num_inference_steps, generator) for order in orders for samples in order.tensor_split(config.updates_per_epoch)]
+
 def check_gradient(
     stats: dict, # of the update, with its grad_norm
-    number: int, # of the update in its inner epoch
+    number: int, # of the update in its epoch
     batch: Batch, # the epoch's samples
     samples: torch.Tensor, # (M,) the update's
     scaler: torch.amp.GradScaler | None, # of `make_scaler`
@@ -226,6 +240,29 @@ def check_gradient(
     raise FloatingPointError(f'update {number}: the gradient\'s norm is {stats["grad_norm"].item()}, the loss {stats["loss"].item()}. The step was not taken. Prompts: '
         f'{", ".join(repr(batch.prompts[i]) for i in (bad or samples.tolist())[:5])}{" (their latents are not finite)" if bad else ""}. Try a lower learning rate, or dtype float32.')
 
+def gradients(
+    config: TrainConfig, # its update settings
+    pipe, # StableDiffusionPipeline, whose UNet is trained
+    optimizer: torch.optim.Optimizer, # over the UNet's parameters
+    batch: Batch, # the epoch's samples
+    advantages, # (B,) numbers
+    todo, # (number, pairs) of each update that is to be done
+    scaler: torch.amp.GradScaler | None, # of `make_scaler`
+    team, # of processes, each with as many samples
+): # generator of dicts: loss, approx_kl, clipfrac, ratio, grad_norm
+    "For each update: the gradient over its pairs and all processes, its norm clipped, checked. Whoever asks for the next one has taken the step."
+    schedule = make_schedule(pipe.scheduler, config.num_inference_steps, config.eta, pipe.device)
+    advantages = torch.as_tensor(advantages, dtype=torch.float32, device=pipe.device)
+    weights = [p for group in optimizer.param_groups for p in group['params']]
+    optimizer.zero_grad() # gradients that something else left behind must not count
+    for number, pairs in todo:
+        stats = accumulate(config, pipe, schedule, batch, advantages, pairs.to(pipe.device), scaler, team.size)
+        team.add_up([p.grad for p in weights if p.grad is not None] + list(stats.values()))
+        if scaler: scaler.unscale_(optimizer)
+        stats['grad_norm'] = torch.nn.utils.clip_grad_norm_(weights, config.max_grad_norm)
+        check_gradient(stats, number, batch, pairs[:, 1].unique(), scaler)
+        yield {name: value.item() for name, value in stats.items()}
+
 def update(
     config: TrainConfig, # its update settings
     pipe, # StableDiffusionPipeline, whose UNet is trained
@@ -236,24 +273,12 @@ def update(
     scaler: torch.amp.GradScaler | None = None, # of `make_scaler`; not needed without float16
     team=Alone(), # of processes, each with as many samples
 ) -> list[dict]: # an optimizer step each: loss, approx_kl, clipfrac, ratio, grad_norm
-    "The epoch's optimizer steps: split the samples, add up each part's gradient, clip its norm, step."
-    schedule = make_schedule(pipe.scheduler, config.num_inference_steps, config.eta, pipe.device)
-    advantages = torch.as_tensor(advantages, dtype=torch.float32, device=pipe.device)
-    weights = [p for group in optimizer.param_groups for p in group['params']]
-    history = []
-    optimizer.zero_grad() # gradients that something else left behind must not count
-    for _ in range(config.num_inner_epochs):
-        order = torch.randperm(len(batch.prompts), generator=generator)
-        for number, samples in enumerate(order.tensor_split(config.updates_per_epoch)):
-            pairs = shuffled_pairs(samples, config.num_inference_steps, generator).to(pipe.device)
-            stats = accumulate(config, pipe, schedule, batch, advantages, pairs, scaler, team.size)
-            team.add_up([p.grad for p in weights if p.grad is not None] + list(stats.values()))
-            if scaler: scaler.unscale_(optimizer)
-            stats['grad_norm'] = torch.nn.utils.clip_grad_norm_(weights, config.max_grad_norm)
-            check_gradient(stats, number, batch, samples, scaler)
-            step_with(optimizer, scaler)
-            history.append(stats)
-    return [{name: value.item() for name, value in stats.items()} for stats in history]
+    "An epoch's optimizer steps: split the samples, add up each part's gradient, clip its norm, step."
+    plan, history = plan_updates(config, len(batch.prompts), generator), []
+    for stats in gradients(config, pipe, optimizer, batch, advantages, enumerate(plan), scaler, team):
+        step_with(optimizer, scaler)
+        history.append(stats)
+    return history
 
 def make_optimizer(
     config: TrainConfig, # its learning rate and weight decay
@@ -281,38 +306,64 @@ def step_with(
 
 # %% ../nbs/07_training.ipynb #8d48b21e
 @dataclass
+class Unfinished:
+    "An epoch in its second half: its samples are drawn, scored and normalised, and some of its updates are done."
+    batch: Batch # the samples of this process
+    rewards: torch.Tensor # (B,) of all processes
+    parts: dict # name -> (B,) of all processes, the terms of a weighted sum
+    advantages: np.ndarray # (B,) of all processes
+    plan: list # (N, 2) of (step, sample) for each update
+    done: list # metrics of the updates done
+    since: float # time.perf_counter() at its beginning; an interruption does not count
+
+    def todo(self) -> list: # of (number, pairs)
+        "The updates that are left."
+        return list(enumerate(self.plan))[len(self.done):]
+
+@dataclass
 class State:
-    "All that the loop remembers from one epoch to the next, besides the weights. A checkpoint must hold no more and no less."
+    "All that the loop remembers besides the weights. A checkpoint must hold no more and no less."
     optimizer: torch.optim.Optimizer # with its moments
     scaler: torch.amp.GradScaler | None # with its scale
     tracker: PerPromptStatTracker # with the last rewards of each prompt
     generator: torch.Generator # of prompts, noise and shuffling
     rows: list # metrics of the epochs done; their number is the next epoch's
-    updates: list # metrics of every optimizer step
+    updates: list # metrics of every optimizer step of these epochs
     notes: dict # what a run wants to keep besides, such as the name of its page at a tracker
-    whole: bool = True # weights and generator are those after the last epoch in `rows`, so this can be saved
+    unfinished: Unfinished | None = None # the epoch in progress, when its samples are there
+    whole: bool = True # all parts belong to the same moment, so this can be saved
 
     @contextmanager
     def sampling(self):
-        "While samples are drawn and scored nothing is learned: a fault puts the generator back, and the state is that after the last epoch. Afterwards it is not, until `note`."
+        "While samples are drawn and scored nothing is learned: a fault puts the generator back, and the state is that after the last epoch."
         before = self.generator.get_state()
         try: yield
         except BaseException: self.generator.set_state(before); raise
-        self.whole = False
 
-    def note(self,
-        epoch: int, # its number, from 0
-        rewards: torch.Tensor, # (B,) of all its samples
-        parts: dict, # name -> (B,), the terms of a weighted sum
-        updates: list[dict], # of `update`
-        seconds: float, # it took
-    ) -> None:
-        "Add an epoch's metrics."
-        rewards = dict(reward_mean=rewards.mean().item(), reward_std=rewards.std(correction=0).item(), **{f'reward_{n}': p.mean().item() for n, p in parts.items()})
-        means = {name: sum(u[name] for u in updates) / len(updates) for name in updates[0]}
-        self.rows.append(dict(epoch=epoch, **rewards, **means, per_prompt=self.tracker.active, seconds=seconds))
-        self.updates += [dict(epoch=epoch, update=i, **u) for i, u in enumerate(updates)]
+    @contextmanager
+    def changing(self):
+        "Several parts change together. What is interrupted here is not whole."
+        self.whole = False
+        yield
         self.whole = True
+
+    def step(self,
+        stats: dict, # of `gradients`; the gradient is there
+    ) -> None:
+        "Take one optimizer step of the unfinished epoch."
+        with self.changing():
+            step_with(self.optimizer, self.scaler)
+            self.unfinished.done.append(stats)
+
+    def finish(self) -> None:
+        "Turn the unfinished epoch, whose updates are all done, into a row of metrics."
+        e, number = self.unfinished, len(self.rows)
+        rewards = dict(reward_mean=e.rewards.mean().item(), reward_std=e.rewards.std(correction=0).item(), **{f'reward_{n}': p.mean().item() for n, p in e.parts.items()})
+        means = {name: sum(u[name] for u in e.done) / len(e.done) for name in e.done[0]}
+        with self.changing():
+            self.rows.append(dict(epoch=number, **rewards, **means, per_prompt=self.tracker.active, seconds=time.perf_counter() - e.since))
+            self.updates += [dict(epoch=number, update=i, **u) for i, u in enumerate(e.done)]
+            self.unfinished = None
 
 def new_state(
     config: TrainConfig, # its seed, learning rate and buffer sizes
@@ -320,6 +371,27 @@ def new_state(
 ) -> State: # of a loop that has not begun
     "The state before the first epoch."
     return State(make_optimizer(config, pipe), make_scaler(pipe), PerPromptStatTracker(config.buffer_size, config.min_count), torch.Generator().manual_seed(config.seed), [], [], {})
+
+def begin(
+    config: TrainConfig, # the numbers
+    pipe, # StableDiffusionPipeline
+    reward, # reward(images, prompts) -> (B,)
+    prompts: list[str], # to draw from
+    state: State, # of the loop, between two epochs
+    team, # of processes that train together
+    pause, # called before each batch
+) -> Unfinished: # with all its updates still to be done; also in the state
+    "The first half of an epoch: sample, score, normalise, and plan the updates."
+    since = time.perf_counter()
+    with state.sampling():
+        everyones = draw_prompts(prompts, config.samples_per_epoch, state.generator)
+        batch = collect(config, pipe, reward, team.share(everyones), team.noise(state.generator), pause)
+        rewards, parts = team.gather(batch.rewards), {name: team.gather(part) for name, part in batch.parts.items()}
+    with state.changing():
+        advantages = state.tracker.update(everyones, rewards)
+        plan = plan_updates(config, len(batch.prompts), state.generator)
+        state.unfinished = Unfinished(batch, rewards, parts, advantages, plan, [], since)
+    return state.unfinished
 
 def train(
     config: TrainConfig, # the numbers
@@ -329,20 +401,18 @@ def train(
     on_epoch=None, # called with an `Epoch` after each; for curves, sheets, files
     state: State | None = None, # where to go on; a new one if not given
     team=Alone(), # of processes that train together
+    pause=lambda: None, # called before each batch of pictures and after each update; it may raise, to stop
 ) -> list[dict]: # one row of metrics an epoch
     "DDPO (Black et al. 2023, section 4.3): sample, score, normalise, update; again. The same seed gives the same rows on the same machine."
     config.check(); team.check(config); check_prompts(prompts); pipe.unet.eval()
     state = state or new_state(config, pipe)
-    for epoch in range(len(state.rows), config.num_epochs):
-        start = time.perf_counter()
-        with state.sampling():
-            everyones = draw_prompts(prompts, config.samples_per_epoch, state.generator)
-            batch = collect(config, pipe, reward, team.share(everyones), team.noise(state.generator))
-            rewards, parts = team.gather(batch.rewards), {name: team.gather(part) for name, part in batch.parts.items()}
-        advantages = state.tracker.update(everyones, rewards)
-        updates = update(config, pipe, state.optimizer, batch, team.share(advantages), state.generator, state.scaler, team)
-        state.note(epoch, rewards, parts, updates, time.perf_counter() - start)
-        if on_epoch: on_epoch(Epoch(state.rows[-1], batch, rewards, advantages, state))
+    for _ in range(len(state.rows), config.num_epochs):
+        epoch = state.unfinished or begin(config, pipe, reward, prompts, state, team, pause)
+        for stats in gradients(config, pipe, state.optimizer, epoch.batch, team.share(epoch.advantages), epoch.todo(), state.scaler, team):
+            state.step(stats)
+            pause()
+        state.finish()
+        if on_epoch: on_epoch(Epoch(state.rows[-1], epoch.batch, epoch.rewards, epoch.advantages, state))
     return state.rows
 
 # %% ../nbs/07_training.ipynb #d4ef1e12

@@ -8,12 +8,14 @@ import signal
 import sys
 import time
 from dataclasses import replace
+from functools import cache
 
 import numpy as np
 import pytest
 import torch
 
 import ddpo_tutorial.checkpoints as checkpointing
+import ddpo_tutorial.training as training
 from ddpo_tutorial.checkpoints import (checkpoints, is_whole, load_checkpoint, newest_checkpoint, pack, save_checkpoint, set_weights, trained_weights, unpack)
 from ddpo_tutorial.pipelines import add_lora
 from ddpo_tutorial.training import TrainConfig, new_state, train
@@ -25,7 +27,9 @@ def model(lora=False): return add_lora(micro_pipeline()) if lora else micro_pipe
 
 def without_time(rows): return [{k: v for k, v in row.items() if k != 'seconds'} for row in rows]
 
-def run_through(lora=False):
+@cache
+def run_through(lora=False, threads=None):
+    "Rows and weights of a run that was left alone; of as many threads as PyTorch has, which must be the argument where they change."
     pipe = model(lora)
     rows = train(SMALL, pipe, brightness, PROMPTS)
     return without_time(rows), weights(pipe.unet)
@@ -46,6 +50,75 @@ def test_resumed_is_the_same_run_to_the_bit(tmp_path, lora, pauses):
     wanted_rows, wanted = run_through(lora)
     assert rows == wanted_rows and torch.equal(after, wanted)
     assert [(u['epoch'], u['update']) for u in state.updates] == [(e, u) for e in range(4) for u in range(2)]
+
+class Break(Exception): "Raised by `pause`, to stop the loop."
+
+CALLS = 3 + 4 # of `pause` in an epoch: before 3 batches, after 2 updates of each of 2 inner epochs
+
+def train_on(folder, config, lora=False, steps=None):
+    "Go on from the newest checkpoint, for so many calls of `pause` or to the end, and leave a checkpoint."
+    pipe = model(lora); state, calls = new_state(config, pipe), []
+    found = newest_checkpoint(folder)
+    if found: load_checkpoint(found, pipe, state)
+    def pause():
+        calls.append(1)
+        if len(calls) == steps: raise Break
+    try: train(config, pipe, brightness, PROMPTS, state=state, pause=pause)
+    except Break: assert state.whole and save_checkpoint(folder, pipe, state, config)
+    return without_time(state.rows), weights(pipe.unet), state
+
+@pytest.mark.parametrize('lora, overlap', [(False, False), (True, False), (False, True)])
+def test_stopped_after_any_step_it_is_the_same_run(tmp_path, lora, overlap):
+    "Between any two batches of pictures and after any update, in the first epoch and later: everything is loaded into fresh objects, and nothing shows. Stops at every third step, too."
+    config = replace(SMALL, num_epochs=2, num_inner_epochs=2, overlap_reward=overlap)
+    rows, wanted, through = train_on(tmp_path / 'through', config, lora)
+    for steps in range(1, 2 * CALLS + 1):
+        folder = tmp_path / str(steps)
+        _, _, state = train_on(folder, config, lora, steps)
+        epoch, step = divmod(steps - 1, CALLS)
+        unfinished = state.unfinished and len(state.unfinished.done)
+        assert (len(state.rows), unfinished) == (epoch, step - 2 if step > 2 else None)
+        assert newest_checkpoint(folder).name == f'epoch-{epoch:05d}' + (f'-update-{step - 2:05d}' if step > 2 else '')
+        again, after, state = train_on(folder, config, lora)
+        assert again == rows and torch.equal(after, wanted) and state.updates == through.updates
+    while len(train_on(tmp_path / 'often', config, lora, 4)[0]) < 2: pass # a stop in the pictures takes one back: each part must come further than that
+    again, after, state = train_on(tmp_path / 'often', config, lora)
+    assert again == rows and torch.equal(after, wanted) and state.updates == through.updates
+
+def test_a_stop_in_the_middle_of_an_epoch_keeps_its_clock(tmp_path):
+    "The seconds of an epoch are those that it ran, before and after the break."
+    config = replace(SMALL, num_epochs=1)
+    def slow(images, prompts): time.sleep(.2); return brightness(images, prompts)
+    pipe = model(); state, calls = new_state(config, pipe), []
+    def pause():
+        calls.append(1)
+        if len(calls) == 4: raise Break
+    with pytest.raises(Break): train(config, pipe, slow, PROMPTS, state=state, pause=pause)
+    packed = pack(state)
+    time.sleep(1)
+    other = new_state(config, pipe)
+    unpack(packed, other)
+    seconds = train(config, pipe, slow, PROMPTS, state=other)[0]['seconds']
+    assert .6 <= packed['unfinished']['seconds'] <= seconds < packed['unfinished']['seconds'] + .9
+
+@pytest.mark.parametrize('during', ['step_with', 'accumulate', 'collect'])
+def test_a_step_that_was_interrupted_is_not_whole(tmp_path, monkeypatch, during):
+    "An interruption in the middle of an optimizer step leaves weights that belong to no moment; one while gradients are added up or pictures drawn leaves those of the step before."
+    pipe = model(); state, calls = new_state(SMALL, pipe), []
+    original = getattr(training, during)
+    def interrupted(*args, **options):
+        calls.append(1)
+        result = original(*args, **options)
+        if len(calls) == 2: raise KeyboardInterrupt
+        return result
+    monkeypatch.setattr(training, during, interrupted)
+    with pytest.raises(KeyboardInterrupt): train(SMALL, pipe, brightness, PROMPTS, state=state)
+    assert state.whole == (during != 'step_with')
+    if not state.whole: return
+    monkeypatch.undo()
+    save_checkpoint(tmp_path, pipe, state, SMALL)
+    rows, after, _ = train_on(tmp_path, SMALL)
+    assert rows == run_through()[0] and torch.equal(after, run_through()[1])
 
 @pytest.mark.parametrize('name', ['optimizer', 'generator', 'tracker'])
 def test_what_is_forgotten_shows(tmp_path, name, monkeypatch):
@@ -81,7 +154,7 @@ def test_damage_is_found_and_the_one_before_is_used(tmp_path, name, how, capsys)
     damage(tmp_path / 'epoch-00003' / name, how)
     assert newest_checkpoint(tmp_path).name == 'epoch-00002' and 'epoch-00003 is damaged' in capsys.readouterr().out
     rows, after, _ = train_some(tmp_path, 4)
-    assert (rows, after.tolist()) == (run_through()[0], run_through()[1].tolist())
+    assert rows == run_through()[0] and torch.equal(after, run_through()[1])
     assert all(map(is_whole, checkpoints(tmp_path)))
 
 def test_without_a_checkpoint_it_begins_anew(tmp_path):
@@ -162,7 +235,7 @@ def test_killed_at_twenty_random_moments_it_is_the_same_run(tmp_path, processes,
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        wanted_rows, wanted = run_through()
+        wanted_rows, wanted = run_through(threads=1)
         for i in range(10):
             rows, after, _ = train_some(tmp_path / f'run-{i}', SMALL.num_epochs)
             assert rows == wanted_rows and torch.equal(after, wanted)

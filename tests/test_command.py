@@ -2,16 +2,22 @@
 import csv
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
+from safetensors.torch import load_file
+
+from ddpo_tutorial.configs import RunConfig
+from ddpo_tutorial.runs import main
 
 COMMAND = str(Path(sys.executable).parent / 'ddpo_train')
 SMALL = '--num_epochs 2 --samples_per_epoch 5 --sample_batch_size 3 --updates_per_epoch 2 --minibatch_size 4 --num_inference_steps 3 --eval_images 4'.split()
@@ -22,8 +28,8 @@ def command(*args, cwd):
     return subprocess.run([COMMAND, *args], cwd=cwd, env=ENV, capture_output=True, text=True)
 
 
-def metrics(folder):
-    with (folder / 'metrics.csv').open(newline='') as f:
+def metrics(folder, table='metrics.csv'):
+    with (folder / table).open(newline='') as f:
         return [{k: v for k, v in row.items() if k != 'seconds'} for row in csv.DictReader(f)]
 
 
@@ -75,10 +81,10 @@ def test_trained_model_can_be_trained_on(finished):
     assert done.returncode == 0 and (place / 'runs' / 'pipeline-compressibility-001' / 'metrics.csv').exists(), done.stderr
 
 
-def test_a_run_is_never_overwritten(finished):
+def test_a_run_is_never_overwritten(finished, monkeypatch, capsys):
     place, _ = finished
-    done = command(*SMALL, '--out', 'first', cwd=place)
-    assert done.returncode == 2 and 'already holds something' in done.stderr
+    monkeypatch.chdir(place)
+    assert main([*SMALL, '--out', 'first']) == 2 and 'already holds something' in capsys.readouterr().err
 
 
 def test_unknown_option_is_refused(tmp_path):
@@ -86,47 +92,72 @@ def test_unknown_option_is_refused(tmp_path):
     assert done.returncode == 2 and '--sede' in done.stderr and 'Traceback' not in done.stderr
 
 
-def start(cwd, *args):
-    """A long run in the background, after its first epoch."""
-    process = subprocess.Popen([COMMAND, *SMALL[2:], '--num_epochs', '500', '--out', 'run', *args], cwd=cwd, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+LONGER = [*SMALL[2:], '--watch_images', '0', '--num_epochs']
+
+
+def start(cwd, epochs=5):
+    """A run in the background, somewhere in its second epoch or later."""
+    process = subprocess.Popen([COMMAND, *LONGER, str(epochs), '--out', 'run'], cwd=cwd, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     deadline = time.time() + 120
     while not (cwd / 'run' / 'checkpoints' / 'epoch-00001').exists() and time.time() < deadline:
-        time.sleep(.1)
-    time.sleep(.5)
+        time.sleep(.05)
     return process
 
 
-@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_keeps_what_is_done_and_the_run_can_go_on(tmp_path, number):
-    """The epoch ends, a checkpoint is written, and the command says how to go on; then it goes on."""
+@pytest.fixture(scope='module')
+def alone(tmp_path_factory):
+    """The run that `start` starts, left alone."""
+    place = tmp_path_factory.mktemp('alone')
+    done = command(*LONGER, '5', '--out', 'run', cwd=place)
+    assert done.returncode == 0, done.stderr
+    return place / 'run'
+
+
+def unet(run):
+    return {name: w for path in sorted((run / 'pipeline' / 'unet').glob('*.safetensors')) for name, w in load_file(path).items()}
+
+
+def is_the_same_run(run, alone):
+    """Metrics, but for the seconds, and weights, to the bit."""
+    assert all(metrics(run, table) == metrics(alone, table) for table in ('metrics.csv', 'updates.csv'))
+    mine, wanted = unet(run), unet(alone)
+    assert mine.keys() == wanted.keys() and len(mine) > 100 and all(torch.equal(mine[n], wanted[n]) for n in wanted)
+
+
+@pytest.mark.parametrize('number, wait', [(signal.SIGINT, .1), (signal.SIGTERM, .1), (signal.SIGTERM, .5), (signal.SIGTERM, .9)])
+def test_a_signal_keeps_what_is_done_and_the_run_goes_on_as_if_nothing_had_happened(alone, tmp_path, number, wait, capsys):
+    """The step ends, a checkpoint is written, the command says how to go on within seconds; then it goes on."""
     process = start(tmp_path)
-    process.send_signal(number)
+    time.sleep(wait)
+    process.send_signal(number); began = time.time()
     out, err = process.communicate(timeout=60)
-    done = len(metrics(tmp_path / 'run'))
-    assert process.returncode == 0 and 'Stopping after this epoch' in out and 'ddpo_train --resume run' in out and 'run/pipeline' in out, err
-    assert 1 <= done < 500
+    assert process.returncode == 0 and 'Stopping after this step' in out and 'ddpo_train --resume run' in out and 'run/pipeline' in out, err
+    assert 1 <= len(metrics(tmp_path / 'run')) < 5
     StableDiffusionPipeline.from_pretrained(tmp_path / 'run' / 'pipeline')
-    more = command('--resume', 'run', '--num_epochs', str(done + 1), cwd=tmp_path)
-    assert more.returncode == 0 and f'after {done} epochs' in more.stdout and len(metrics(tmp_path / 'run')) == done + 1, more.stderr
+    where, = re.findall(r'Stopped after (.*)\. To go on', out)
+    with capsys.disabled(): print(f'\nstopped {time.time() - began:.1f} s after the signal, after {where}')
+    more = command('--resume', 'run', cwd=tmp_path)
+    assert more.returncode == 0 and f'Going on with run/ after {where}.' in more.stdout, more.stderr
+    is_the_same_run(tmp_path / 'run', alone)
 
 
-def test_killed_and_resumed_is_the_same_run(finished, tmp_path):
-    """SIGKILL while training: resumed, it writes the metrics of a run that was left alone."""
+def test_killed_and_resumed_is_the_same_run(alone, tmp_path):
+    """SIGKILL while training: resumed, it writes the metrics and weights of a run that was left alone."""
     process = start(tmp_path)
+    time.sleep(.5)
     process.kill(); process.communicate()
-    more = command('--resume', 'run', '--num_epochs', '9', cwd=tmp_path)
-    alone = command(*SMALL[2:], '--num_epochs', '9', '--out', 'alone', cwd=tmp_path)
-    assert more.returncode == alone.returncode == 0, more.stderr + alone.stderr
-    assert metrics(tmp_path / 'run') == metrics(tmp_path / 'alone') and len(metrics(tmp_path / 'run')) == 9
+    more = command('--resume', 'run', cwd=tmp_path)
+    assert more.returncode == 0 and 'Going on with run/' in more.stdout, more.stderr
+    is_the_same_run(tmp_path / 'run', alone)
 
 
-def test_help_names_every_setting(tmp_path):
-    from dataclasses import fields
-    from ddpo_tutorial.configs import RunConfig
-    done = command('--help', cwd=tmp_path)
-    assert done.returncode == 0
+def test_help_names_every_setting(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(['--help'])
+    said = capsys.readouterr().out
+    assert stop.value.code == 0
     for f in fields(RunConfig):
-        assert f'--{f.name}' in done.stdout and f.metadata['help'].split()[0] in done.stdout
+        assert f'--{f.name}' in said and f.metadata['help'].split()[0] in said
 
 
 def own_reward(place, text):
@@ -173,7 +204,7 @@ def test_nan_reward_stops_before_the_update(tmp_path):
 def test_a_removed_folder_is_said(tmp_path):
     """Somebody deletes the run while it trains."""
     import shutil
-    process = start(tmp_path)
+    process = start(tmp_path, 500)
     try:
         shutil.rmtree(tmp_path / 'run', ignore_errors=True)
         _, err = process.communicate(timeout=120)

@@ -1,5 +1,6 @@
 """Two processes on a CPU: the same run as one, equal weights in both, and no one left waiting"""
 import json
+import re
 import subprocess
 import sys
 import time
@@ -9,6 +10,8 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from nbclient import NotebookClient
+from nbformat.v4 import new_code_cell, new_notebook
 
 from ddpo_tutorial.advantages import PerPromptStatTracker
 from ddpo_tutorial.processes import Team, make_team
@@ -91,6 +94,16 @@ def test_first_process_alone_writes_and_speaks(finished):
     assert done.returncode == 0, done.stderr[-3000:]
     assert len(metrics(place / 'two')) == 2 and (place / 'two' / 'pipeline').is_dir() and done.stdout.count('epoch   1/2') == 1 and done.stdout.count('Training tiny') == 1
 
+def test_from_a_notebook(finished):
+    "The lesson's own lines, with a smaller run, in a kernel: the metrics are those of two processes that torchrun starts."
+    place, _ = finished
+    lesson = (HERE.parent / 'nbs' / '08_processes.ipynb').read_text(encoding='utf-8')
+    code, = (block for c in json.loads(lesson)['cells'] for block in re.findall(r'```python\n(.*?)```', ''.join(c['source']), re.S) if 'notebook_launcher' in block)
+    settings = ', '.join(f'{name.removeprefix("--")}={value}' for name, value in dict(zip(EVEN[::2], EVEN[1::2])).items()) + ", out='launched'"
+    nb = new_notebook(cells=[new_code_cell(code.replace('samples_per_epoch=128', settings))])
+    NotebookClient(nb, timeout=240, kernel_name='python3', resources=dict(metadata=dict(path=place))).execute(env=ENV)
+    assert metrics(place / 'launched') == metrics(place / 'two') and len(metrics(place / 'two')) >= 2
+
 @pytest.mark.parametrize('launcher', [TORCHRUN + ['--no-python'], []])
 def test_resumed_by_two_or_by_one(finished, launcher):
     "With another number of processes the run says that its numbers will differ."
@@ -115,7 +128,7 @@ def test_nonsense_that_only_the_first_sees_ends_all(finished):
     assert 'runs.py' not in done.stderr
 
 def test_a_signal_to_the_launcher_ends_the_epoch(tmp_path):
-    "torchrun passes it on; both processes agree on where to stop, and a checkpoint is left."
+    "torchrun passes it on; both processes agree on where to stop, which is between two epochs, and a checkpoint is left."
     process = long_run(tmp_path)
     process.terminate()
     out, said = process.communicate(timeout=60)
