@@ -51,7 +51,8 @@ def pack_unfinished(
     "The samples of an epoch in progress, with everything that its updates need."
     if epoch is None: return {}
     samples = epoch.batch._asdict() | dict(context=list(epoch.batch.context), trajectory=list(epoch.batch.trajectory))
-    return dict(batch=samples, rewards=epoch.rewards, parts=epoch.parts, advantages=torch.as_tensor(epoch.advantages), plan=epoch.plan, done=list(epoch.done), seconds=time.perf_counter() - epoch.since)
+    return dict(batch=samples, rewards=epoch.rewards, parts=epoch.parts, advantages=torch.as_tensor(epoch.advantages),
+                plan=epoch.plan, done=list(epoch.done), seconds=time.perf_counter() - epoch.since)
 
 def unpack_unfinished(
     packed: dict, # of `pack_unfinished`
@@ -61,15 +62,18 @@ def unpack_unfinished(
     if not packed: return None
     batch = Batch(**packed['batch'])
     context, trajectory = Context(*(t.to(device) for t in batch.context)), Trajectory(*(t.to(device) for t in batch.trajectory))
-    return Unfinished(batch._replace(context=context, trajectory=trajectory), packed['rewards'], packed['parts'], packed['advantages'].numpy(), packed['plan'], packed['done'], time.perf_counter() - packed['seconds'])
+    return Unfinished(batch._replace(context=context, trajectory=trajectory), packed['rewards'], packed['parts'], packed['advantages'].numpy(),
+                      packed['plan'], packed['done'], time.perf_counter() - packed['seconds'])
 
 def pack(
     state: State, # of a running loop, whole
-) -> dict: # tensors, numbers, strings, lists and dicts only
+) -> dict: # plain data
     "The state as plain data, which loads without running code from the file."
-    others = dict(python=random.getstate(), numpy=[np.random.get_state()[0], np.random.get_state()[1].tolist(), *np.random.get_state()[2:]], torch=torch.get_rng_state(), cuda=torch.cuda.get_rng_state_all())
-    return dict(others=others, optimizer=state.optimizer.state_dict(), scaler=state.scaler.state_dict() if state.scaler else {}, generator=state.generator.get_state(), unfinished=pack_unfinished(state.unfinished),
-                tracker={prompt: list(buffer) for prompt, buffer in state.tracker.buffers.items()}, active=state.tracker.active, rows=list(state.rows), updates=list(state.updates), notes=dict(state.notes))
+    kind, numbers, *position = np.random.get_state()
+    others = dict(python=random.getstate(), numpy=[kind, numbers.tolist(), *position], torch=torch.get_rng_state(), cuda=torch.cuda.get_rng_state_all())
+    return dict(optimizer=state.optimizer.state_dict(), scaler=state.scaler.state_dict() if state.scaler else {}, generator=state.generator.get_state(), others=others,
+                tracker={prompt: list(buffer) for prompt, buffer in state.tracker.buffers.items()}, active=state.tracker.active,
+                rows=list(state.rows), updates=list(state.updates), notes=dict(state.notes), unfinished=pack_unfinished(state.unfinished))
 
 def unpack(
     packed: dict, # of `pack`
@@ -118,6 +122,7 @@ def write_files(
     (folder / 'sums.json').write_text(json.dumps(sums(folder), indent=1))
     for path in (*folder.iterdir(), folder): flush(path)
 
+# %% ../nbs/08_checkpoints.ipynb #d136dd52
 def checkpoints(
     folder: Path, # of all checkpoints of a run
 ) -> list[Path]: # oldest first; unfinished ones are not among them
@@ -156,7 +161,7 @@ def save_checkpoint(
 ) -> Path: # the new checkpoint
     "Write beside, flush, rename: whoever looks finds the whole checkpoint or none. Raises OSError when it cannot be written, with the cause; older ones are then still there."
     target, aside = folder / checkpoint_name(state), folder / f'{checkpoint_name(state)}.part'
-    shutil.rmtree(aside, ignore_errors=True)
+    for left in folder.glob('*.part'): shutil.rmtree(left, ignore_errors=True) # by a writer that was killed
     try:
         aside.mkdir(parents=True)
         write_files(aside, pipe, state, config)
@@ -190,6 +195,7 @@ def load_checkpoint(
     state: State, # a new one, changed in place
 ) -> None:
     "Put weights and state back. Raises ValueError when they are damaged or belong to another model. No code from the file is run."
-    if not is_whole(checkpoint): raise ValueError(f'{str(checkpoint)!r} is no whole checkpoint: files are missing or not what was written. Expected one of those that newest_checkpoint finds.')
+    if not is_whole(checkpoint):
+        raise ValueError(f'{str(checkpoint)!r} is no whole checkpoint: files are missing or not what was written. Expected one of those that newest_checkpoint finds.')
     set_weights(pipe, load_file(checkpoint / 'weights.safetensors'))
     unpack(torch.load(checkpoint / 'state.pt', map_location='cpu', weights_only=True), state)

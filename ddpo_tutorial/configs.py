@@ -42,7 +42,8 @@ def near(
 class RunConfig(TrainConfig):
     "A run: what is trained, on what, for what, and what is written; besides the loop's own settings."
     model: str = option('tiny', "'tiny', a diffusers folder, or a hub id owner/name")
-    reward: str = option('aesthetic', "aesthetic, similarity, pickscore, alignment, compressibility, incompressibility, or your own as module:name; for 64-pixel models by the tiny world's judges, else by LAION's and OpenAI's; alignment adds aesthetic and similarity, or PickScore for larger pictures")
+    reward: str = option('aesthetic', "aesthetic, similarity, pickscore, alignment, compressibility, incompressibility, or your own as module:name; "
+        "for 64-pixel models by the tiny world's judges, else by LAION's and OpenAI's; alignment adds aesthetic and similarity, or PickScore for larger pictures")
     prompts: str = option('simple', "simple (the paper's 45 animals), tiny (64), held-out (19), imagenet (398), or a text file with one prompt a line")
     template: str = option('{}', "what the animals are put into, e.g. 'a pencil sketch of {}'")
     out: str = option('', 'the folder to write; by default a new one under runs/')
@@ -116,7 +117,8 @@ def own_reward(
     module, _, attribute = name.partition(':')
     if '' not in sys.path: sys.path.insert(0, '')
     try: found = getattr(importlib.import_module(module), attribute)
-    except Exception as error: raise ValueError(f'The reward {name!r} could not be imported: {type(error).__name__}: {error}. Expected module:name, with module.py in this folder or installed.') from error
+    except Exception as error:
+        raise ValueError(f'The reward {name!r} could not be imported: {type(error).__name__}: {error}. Expected module:name, with module.py in this folder or installed.') from error
     if not callable(found): raise ValueError(f'The reward {name!r} is a {type(found).__name__}; expected a function reward(images, prompts).')
     return found
 
@@ -242,5 +244,6 @@ def plan(
     s = config.sizes()
     return '\n'.join([f'Training {config.model} with DDPO on the reward {config.reward!r}, {len(prompts)} prompts such as {prompts[0]!r}.',
         f'{config.num_epochs} epochs of {config.samples_per_epoch} images, {config.num_inference_steps} steps each, guidance {config.guidance_scale}: {s["images"]} images in all.',
-        f'{s["updates"]} updates, {config.num_inner_epochs * config.updates_per_epoch} an epoch, each over {s["samples_per_update"]:g} images: {s["pairs_per_update"]:g} (image, step) pairs, minibatches: {ceil(s["pairs_per_update"] / config.minibatch_size)}; learning rate {config.learning_rate}.',
+        f'{s["updates"]} updates, {config.num_inner_epochs * config.updates_per_epoch} an epoch, each over {s["samples_per_update"]:g} images: {s["pairs_per_update"]:g} (image, step) pairs, '
+        f'minibatches: {ceil(s["pairs_per_update"] / config.minibatch_size)}; learning rate {config.learning_rate}.',
         f'Writing to {folder}/'])

@@ -30,7 +30,8 @@ class Team(Alone):
         "Raises ValueError when an epoch cannot be split evenly: each process must have as many samples as any other, and one at least for each update."
         own, rest = divmod(config.samples_per_epoch, self.size)
         if rest: raise ValueError(f'samples_per_epoch={config.samples_per_epoch} cannot be split evenly over {self.size} processes; expected a multiple of {self.size}.')
-        if own < config.updates_per_epoch: raise ValueError(f'updates_per_epoch={config.updates_per_epoch} is more than the {own} samples that each of the {self.size} processes has; take fewer updates or more samples_per_epoch.')
+        if own < config.updates_per_epoch:
+            raise ValueError(f'updates_per_epoch={config.updates_per_epoch} is more than the {own} samples that each of the {self.size} processes has; take fewer updates or more samples_per_epoch.')
 
     def share(self,
         items, # a list, an array or a tensor: one entry a sample of the epoch

@@ -163,6 +163,7 @@ def claim(
         return claim(config, folder)
     return folder
 
+# %% ../nbs/08_runs.ipynb #25b56101
 def fingerprint(
     prompts: list[str], # of a run
 ) -> str: # equal for equal prompts
@@ -182,31 +183,39 @@ def first_evaluation(
     write_aside(path, lambda aside: save_file(dict(images=before.images.contiguous(), rewards=before.rewards), aside))
     return before
 
+# %% ../nbs/08_runs.ipynb #ea8e8dd2
 def check_same_run(
     kept: dict, # settings that a run was begun with
     flags: dict, # settings it should go on with
     source: str, # where `kept` is from
 ) -> None:
     "Raises ValueError for a setting that would make it another run. What may change concerns only how long, how watched and how much memory."
-    free = ('num_epochs', 'out', 'wandb', 'checkpoint_every', 'keep_checkpoints', 'watch_images', 'minibatch_size', 'gradient_checkpointing', 'vae_slicing', 'reward_on_cpu', 'overlap_reward')
+    free = ('num_epochs', 'out', 'wandb', 'checkpoint_every', 'keep_checkpoints', 'watch_images',
+            'minibatch_size', 'gradient_checkpointing', 'vae_slicing', 'reward_on_cpu', 'overlap_reward')
     for name, value in flags.items():
-        if name not in free and kept.get(name) != value: raise ValueError(f'{name}={value!r} would make it another run: {source!r} was begun with {kept.get(name)!r}. Only {", ".join(free)} can change.')
+        if name in free or kept.get(name) == value: continue
+        raise ValueError(f'{name}={value!r} would make it another run: {source!r} was begun with {kept.get(name)!r}. Only {", ".join(free)} can change.')
 
 def go_on(
     run: Run, # a new one; its pipeline and state are changed in place
 ) -> None:
-    "Put the newest good checkpoint back, if there is one. Raises ValueError when it is another run's."
+    "Put the newest good checkpoint back, if there is one. Raises ValueError when it is another run's, or another number of processes would have to finish an epoch."
     checkpoint, now = run.team.agree(lambda: newest_checkpoint(run.folder / 'checkpoints')), run.team.size
     if checkpoint:
         check_same_run(json.loads((checkpoint / 'config.json').read_text()), asdict(run.config), str(checkpoint))
         load_checkpoint(checkpoint, run.pipe, run.state)
-    if run.state.notes.get('prompts', fingerprint(run.prompts)) != fingerprint(run.prompts): raise ValueError(f'The prompts {run.config.prompts!r} have changed since {checkpoint} was written; expected the same ones.')
+    if run.state.notes.get('prompts', fingerprint(run.prompts)) != fingerprint(run.prompts):
+        raise ValueError(f'The prompts {run.config.prompts!r} have changed since {checkpoint} was written; expected the same ones.')
     then = run.state.notes.get('processes', now)
+    if then != now and run.state.unfinished:
+        raise ValueError(f'{str(checkpoint)!r} is in the middle of an epoch whose samples {then} process has drawn, and there are {now} processes now. '
+                         f'Go on with {then}, or remove that folder to begin the epoch again.')
     if run.team.rank: return
     print(f'Going on with {run.folder}/ after {progress(run)}.' if checkpoint else f'{run.folder}/ has no checkpoint; it begins anew.', flush=True)
     if run.state.rows: write_state(run.folder, run.state) # a kill may have come between checkpoint and tables
     if then != now: print(f'It had {then} processes and has {now} now: prompts stay the same, noise is split in another way, so its numbers will differ from those of an uninterrupted run.')
 
+# %% ../nbs/08_runs.ipynb #403ce488
 def make_recorder(
     run: Run, # about to begin or go on
 ) -> Recorder | None: # only for the first process
@@ -274,6 +283,7 @@ def train_all(
         if record and record.tracking: finish_wandb(record.tracking)
     return evaluate(run.config, run.pipe, run.reward, run.some_prompts(run.config.eval_images)) if record else None
 
+# %% ../nbs/08_runs.ipynb #a9d04635
 def summary(
     before: Evaluation, # of the model as it was
     after: Evaluation, # of the trained one
@@ -306,11 +316,12 @@ def report(
                        'pipeline': 'the trained model, for StableDiffusionPipeline.from_pretrained', 'lora': 'the trained LoRA, for pipe.load_lora_weights'}.items():
         if (folder / name).exists(): print(f'  {folder / name}: {what}')
 
+# %% ../nbs/08_runs.ipynb #ed472c59
 def train_run(
     config: RunConfig, # the whole run
     resume: str | Path | None = None, # the folder of a run to go on with
 ) -> dict: # folder, and what `summary` says
-    "Train with everything around it. A signal or a fault keeps what the last checkpoint holds. Raises ValueError or OSError before it begins, RunFailed afterwards."
+    "Train with everything around it. A signal or a fault leaves a checkpoint of what is done, where there can be one. Raises ValueError or OSError before it begins, RunFailed afterwards."
     run, result = prepare(config, resume), {}
     with Stop('epoch' if run.team.size > 1 else 'step') as stop:
         try:

@@ -78,7 +78,8 @@ class TrainConfig:
         check_setting(self, 'seed', int, lambda v: 0 <= v < 2**63, 'a whole number from 0 to 2^63 - 1')
         check_setting(self, 'overlap_reward', bool, lambda v: True, 'True or False')
         PerPromptStatTracker(self.buffer_size, self.min_count)
-        if self.updates_per_epoch > self.samples_per_epoch: raise ValueError(f'updates_per_epoch={self.updates_per_epoch} is more than samples_per_epoch={self.samples_per_epoch}; an update needs at least one sample.')
+        if self.updates_per_epoch > self.samples_per_epoch:
+            raise ValueError(f'updates_per_epoch={self.updates_per_epoch} is more than samples_per_epoch={self.samples_per_epoch}; an update needs at least one sample.')
         return self
 
     def sizes(self) -> dict: # name -> number
@@ -207,6 +208,7 @@ def accumulate(
         for name, value in dict(loss=loss.detach(), **stats).items(): totals[name] = totals.get(name, 0) + value * share
     return totals
 
+# %% ../nbs/07_training.ipynb #fc728623
 def shuffled_pairs(
     samples: torch.Tensor, # (M,) indices of an update's samples
     num_steps: int, # T
@@ -225,6 +227,7 @@ def plan_updates(
     orders = (torch.randperm(num_samples, generator=generator) for _ in range(config.num_inner_epochs))
     return [shuffled_pairs(samples, config.num_inference_steps, generator) for order in orders for samples in order.tensor_split(config.updates_per_epoch)]
 
+# %% ../nbs/07_training.ipynb #8a5ab01f
 def check_gradient(
     stats: dict, # of the update, with its grad_norm
     number: int, # of the update in its epoch
@@ -233,7 +236,7 @@ def check_gradient(
     scaler: torch.amp.GradScaler | None, # of `make_scaler`
 ) -> None:
     """Raises FloatingPointError when the loss or a gradient is not finite, before it can reach the weights. The one wait for the GPU in an update.
-    With a scaler an infinite gradient is left out by itself; only when it has happened 30 times more often than not is it an error."""
+    With a scaler such a step is left out by itself and the scale is halved. It is an error once 30 halvings are not made good: the scale doubles again only after 2000 good steps in a row."""
     if torch.isfinite(stats['grad_norm'] + stats['loss']): return
     if scaler and torch.isfinite(stats['loss']) and scaler.get_scale() > 1e-4: return
     bad = [i for i in samples.tolist() if not (batch.trajectory.latents[:, i].isfinite().all() and batch.trajectory.log_probs[:, i].isfinite().all())]
@@ -280,6 +283,7 @@ def update(
         history.append(stats)
     return history
 
+# %% ../nbs/07_training.ipynb #5d01df1a
 def make_optimizer(
     config: TrainConfig, # its learning rate and weight decay
     pipe, # StableDiffusionPipeline
@@ -322,7 +326,7 @@ class Unfinished:
 
 @dataclass
 class State:
-    "All that the loop remembers besides the weights. A checkpoint must hold no more and no less."
+    "All that the loop remembers besides the weights. A checkpoint must hold all of it."
     optimizer: torch.optim.Optimizer # with its moments
     scaler: torch.amp.GradScaler | None # with its scale
     tracker: PerPromptStatTracker # with the last rewards of each prompt
@@ -365,6 +369,7 @@ class State:
             self.updates += [dict(epoch=number, update=i, **u) for i, u in enumerate(e.done)]
             self.unfinished = None
 
+# %% ../nbs/07_training.ipynb #481fa5cd
 def new_state(
     config: TrainConfig, # its seed, learning rate and buffer sizes
     pipe, # StableDiffusionPipeline
@@ -401,13 +406,14 @@ def train(
     on_epoch=None, # called with an `Epoch` after each; for curves, sheets, files
     state: State | None = None, # where to go on; a new one if not given
     team=Alone(), # of processes that train together
-    pause=lambda: None, # called before each batch of pictures and after each update; it may raise, to stop
+    pause=lambda: None, # called before each batch of pictures, and before and after each update; it may raise, to stop
 ) -> list[dict]: # one row of metrics an epoch
     "DDPO (Black et al. 2023, section 4.3): sample, score, normalise, update; again. The same seed gives the same rows on the same machine."
     config.check(); team.check(config); check_prompts(prompts); pipe.unet.eval()
     state = state or new_state(config, pipe)
     for _ in range(len(state.rows), config.num_epochs):
         epoch = state.unfinished or begin(config, pipe, reward, prompts, state, team, pause)
+        pause()
         for stats in gradients(config, pipe, state.optimizer, epoch.batch, team.share(epoch.advantages), epoch.todo(), state.scaler, team):
             state.step(stats)
             pause()

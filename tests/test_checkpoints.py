@@ -7,7 +7,7 @@ import resource
 import signal
 import sys
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import cache
 
 import numpy as np
@@ -17,8 +17,10 @@ import torch
 import ddpo_tutorial.checkpoints as checkpointing
 import ddpo_tutorial.training as training
 from ddpo_tutorial.checkpoints import (checkpoints, is_whole, load_checkpoint, newest_checkpoint, pack, save_checkpoint, set_weights, trained_weights, unpack)
+from ddpo_tutorial.configs import RunConfig
 from ddpo_tutorial.pipelines import add_lora
-from ddpo_tutorial.training import TrainConfig, new_state, train
+from ddpo_tutorial.runs import Run, keep
+from ddpo_tutorial.training import Alone, TrainConfig, new_state, train
 from helpers import PROMPTS, brightness, micro_pipeline, weights
 
 SMALL = TrainConfig(num_epochs=4, samples_per_epoch=5, sample_batch_size=2, num_inference_steps=3, updates_per_epoch=2, minibatch_size=4, learning_rate=1e-3, buffer_size=4, min_count=2)
@@ -53,7 +55,7 @@ def test_resumed_is_the_same_run_to_the_bit(tmp_path, lora, pauses):
 
 class Break(Exception): "Raised by `pause`, to stop the loop."
 
-CALLS = 3 + 4 # of `pause` in an epoch: before 3 batches, after 2 updates of each of 2 inner epochs
+CALLS = 3 + 1 + 4 # of `pause` in an epoch: before 3 batches, before the updates, after each of 2 in 2 inner epochs
 
 def train_on(folder, config, lora=False, steps=None):
     "Go on from the newest checkpoint, for so many calls of `pause` or to the end, and leave a checkpoint."
@@ -77,8 +79,8 @@ def test_stopped_after_any_step_it_is_the_same_run(tmp_path, lora, overlap):
         _, _, state = train_on(folder, config, lora, steps)
         epoch, step = divmod(steps - 1, CALLS)
         unfinished = state.unfinished and len(state.unfinished.done)
-        assert (len(state.rows), unfinished) == (epoch, step - 2 if step > 2 else None)
-        assert newest_checkpoint(folder).name == f'epoch-{epoch:05d}' + (f'-update-{step - 2:05d}' if step > 2 else '')
+        assert (len(state.rows), unfinished) == (epoch, step - 3 if step > 2 else None)
+        assert newest_checkpoint(folder).name == f'epoch-{epoch:05d}' + (f'-update-{step - 3:05d}' if step > 2 else '')
         again, after, state = train_on(folder, config, lora)
         assert again == rows and torch.equal(after, wanted) and state.updates == through.updates
     while len(train_on(tmp_path / 'often', config, lora, 4)[0]) < 2: pass # a stop in the pictures takes one back: each part must come further than that
@@ -92,7 +94,7 @@ def test_a_stop_in_the_middle_of_an_epoch_keeps_its_clock(tmp_path):
     pipe = model(); state, calls = new_state(config, pipe), []
     def pause():
         calls.append(1)
-        if len(calls) == 4: raise Break
+        if len(calls) == 5: raise Break
     with pytest.raises(Break): train(config, pipe, slow, PROMPTS, state=state, pause=pause)
     packed = pack(state)
     time.sleep(1)
@@ -266,6 +268,25 @@ def test_damaged_newer_ones_do_not_push_out_good_ones(tmp_path, keep):
     for name in ('epoch-00003', 'epoch-00004'): damage(tmp_path / name / 'state.pt', 'cut')
     train_some(tmp_path, 1, keep=keep)
     assert [p.name for p in checkpoints(tmp_path)] == ['epoch-00001'] and is_whole(tmp_path / 'epoch-00001')
+
+def test_a_checkpoint_that_is_there_is_not_written_again(tmp_path):
+    "A stop while pictures are drawn keeps what the last epoch has kept: for a moment there would be none."
+    config = RunConfig(**asdict(SMALL))
+    pipe = model(); state = new_state(config, pipe)
+    train(replace(config, num_epochs=1), pipe, brightness, PROMPTS, state=state)
+    run = Run(config, tmp_path, Alone(), pipe, brightness, PROMPTS, state)
+    (tmp_path / 'config.json').write_text('{}')
+    def written(): return (tmp_path / 'checkpoints' / 'epoch-00001' / 'weights.safetensors').stat().st_ino
+    keep(run); first = written()
+    keep(run); assert written() == first
+    damage(tmp_path / 'checkpoints' / 'epoch-00001' / 'state.pt', 'cut')
+    keep(run); assert written() != first and is_whole(newest_checkpoint(tmp_path / 'checkpoints'))
+
+def test_what_a_killed_writer_left_is_removed(tmp_path):
+    "Also of a checkpoint that will never be written again: it may be gigabytes."
+    (tmp_path / 'epoch-00000-update-00001.part').mkdir()
+    train_some(tmp_path, 1)
+    assert [p.name for p in tmp_path.iterdir()] == ['epoch-00001']
 
 def test_a_stray_file_does_no_harm(tmp_path):
     train_some(tmp_path, 1)

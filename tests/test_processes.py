@@ -14,9 +14,12 @@ from nbclient import NotebookClient
 from nbformat.v4 import new_code_cell, new_notebook
 
 from ddpo_tutorial.advantages import PerPromptStatTracker
+from ddpo_tutorial.checkpoints import save_checkpoint
+from ddpo_tutorial.configs import RunConfig
 from ddpo_tutorial.processes import Team, make_team
-from ddpo_tutorial.training import Alone, TrainConfig
-from helpers import PROMPTS
+from ddpo_tutorial.runs import Run, fingerprint, go_on
+from ddpo_tutorial.training import Alone, TrainConfig, new_state, train
+from helpers import PROMPTS, brightness, micro_pipeline
 from test_command import COMMAND, ENV, SMALL, metrics
 
 HERE = Path(__file__).parent
@@ -54,6 +57,12 @@ def test_prompts_are_split_and_statistics_are_global(found):
     np.testing.assert_allclose(sorted(epoch['known'][0]), sorted(epoch['rewards']), rtol=1e-6)
     advantages = PerPromptStatTracker(8, 2).update([PROMPTS[i] for i in epoch['prompts']], torch.tensor(epoch['rewards']))
     np.testing.assert_allclose(epoch['advantages'], advantages, rtol=1e-4)
+
+def test_each_process_learns_from_the_advantages_of_its_own_samples(found):
+    "The other's advantages have the same shape."
+    used, wanted = found['epoch']['used'], found['epoch']['advantages']
+    np.testing.assert_allclose(used, wanted, rtol=1e-4)
+    assert not np.allclose(wanted[:4], wanted[4:], rtol=1e-2)
 
 def test_row_is_of_all_samples(found):
     epoch = found['epoch']
@@ -119,6 +128,22 @@ def long_run(folder):
     deadline = time.time() + 120
     while not (folder / 'run' / 'checkpoints' / 'epoch-00001').exists() and time.time() < deadline: time.sleep(.2)
     return process
+
+class Two(Alone):
+    size = 2
+
+def test_an_epoch_in_progress_is_not_shared_out(tmp_path):
+    "One process has drawn all its samples; two would each finish it with half of the advantages."
+    class Break(Exception): "Raised by `pause`."
+    config = RunConfig(num_epochs=1, samples_per_epoch=4, num_inference_steps=2, updates_per_epoch=2, minibatch_size=4)
+    pipe = micro_pipeline(); state = new_state(config, pipe)
+    def pause():
+        if state.unfinished: raise Break
+    with pytest.raises(Break): train(config, pipe, brightness, PROMPTS, state=state, pause=pause)
+    state.notes |= dict(processes=1, prompts=fingerprint(PROMPTS))
+    save_checkpoint(tmp_path / 'checkpoints', pipe, state, config)
+    with pytest.raises(ValueError, match='middle of an epoch.*1 process.*2 processes now'): go_on(Run(config, tmp_path, Two(), pipe, brightness, PROMPTS, new_state(config, pipe)))
+    go_on(Run(config, tmp_path, Alone(), pipe, brightness, PROMPTS, new_state(config, pipe)))
 
 def test_nonsense_that_only_the_first_sees_ends_all(finished):
     "A folder that holds something: each says so, none waits, none shows a traceback."

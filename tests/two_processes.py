@@ -64,15 +64,17 @@ def weights_after_updates(team):
     return equal
 
 def one_epoch(team):
-    "Which prompts and rewards each process had, what both know of all, and whether noise differed."
-    pipe, seen = micro_pipeline(), []
+    "Which prompts and rewards each process had, with which advantages it learned, what both know of all, and whether noise differed."
+    pipe, seen, used, original = micro_pipeline(), [], [], training.gradients
     state = new_state(SMALL, pipe)
     reward = WeightedSum(light=(1., brightness), dark=(2., lambda images, prompts: -brightness(images, prompts)))
-    train(replace(SMALL, num_epochs=1), pipe, reward, PROMPTS, seen.append, state, team)
+    training.gradients = lambda *args: used.append(torch.as_tensor(args[4])) or original(*args)
+    try: train(replace(SMALL, num_epochs=1), pipe, reward, PROMPTS, seen.append, state, team)
+    finally: training.gradients = original
     batch = seen[0].batch
     known = torch.tensor([r for b in state.tracker.buffers.values() for r in b])
     return dict(prompts=team.gather(torch.tensor([PROMPTS.index(p) for p in batch.prompts])).tolist(), rewards=team.gather(batch.rewards).tolist(),
-        known=everywhere(team, known).tolist(), row=state.rows[0], noise=team.gather(batch.trajectory.latents[0].mean((1, 2, 3))).tolist(), advantages=seen[0].advantages.tolist(),
+        known=everywhere(team, known).tolist(), row=state.rows[0], noise=team.gather(batch.trajectory.latents[0].mean((1, 2, 3))).tolist(), advantages=seen[0].advantages.tolist(), used=team.gather(used[0]).tolist(),
         generators=everywhere(team, state.generator.get_state().double()).diff(dim=0).abs().max().item())
 
 def trained(team, folder, epochs):
