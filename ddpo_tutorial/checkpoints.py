@@ -11,20 +11,19 @@ __all__ = ['trained_weights', 'set_weights', 'pack_unfinished', 'unpack_unfinish
 import hashlib
 import json
 import os
-import random
+import re
 import shutil
 import time
 from collections import deque
 from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
 from .pipelines import Context
 from .sampling import Trajectory
-from .training import Batch, State, TrainConfig, Unfinished
+from .training import Batch, State, TrainConfig, Unfinished, other_generators, set_other_generators
 
 # %% ../nbs/08_checkpoints.ipynb #5ddb6a37
 def trained_weights(
@@ -69,9 +68,7 @@ def pack(
     state: State, # of a running loop, whole
 ) -> dict: # plain data
     "The state as plain data, which loads without running code from the file."
-    kind, numbers, *position = np.random.get_state()
-    others = dict(python=random.getstate(), numpy=[kind, numbers.tolist(), *position], torch=torch.get_rng_state(), cuda=torch.cuda.get_rng_state_all())
-    return dict(optimizer=state.optimizer.state_dict(), scaler=state.scaler.state_dict() if state.scaler else {}, generator=state.generator.get_state(), others=others,
+    return dict(optimizer=state.optimizer.state_dict(), scaler=state.scaler.state_dict() if state.scaler else {}, generator=state.generator.get_state(), others=other_generators(),
                 tracker={prompt: list(buffer) for prompt, buffer in state.tracker.buffers.items()}, active=state.tracker.active,
                 rows=list(state.rows), updates=list(state.updates), notes=dict(state.notes), unfinished=pack_unfinished(state.unfinished))
 
@@ -86,9 +83,7 @@ def unpack(
     state.unfinished = unpack_unfinished(packed['unfinished'], state.optimizer.param_groups[0]['params'][0].device)
     state.tracker.buffers = {prompt: deque(rewards, maxlen=state.tracker.buffer_size) for prompt, rewards in packed['tracker'].items()}
     state.tracker.active = packed['active']
-    others = packed['others'] # nothing of ours draws from these, but a reward may
-    random.setstate(others['python']); np.random.set_state(tuple(others['numpy'])); torch.set_rng_state(others['torch'])
-    if len(others['cuda']) == torch.cuda.device_count(): torch.cuda.set_rng_state_all(others['cuda'])
+    set_other_generators(packed['others'])
     state.rows[:], state.updates[:], state.notes = packed['rows'], packed['updates'], packed['notes']
 
 # %% ../nbs/08_checkpoints.ipynb #26cc10b0
@@ -127,17 +122,19 @@ def checkpoints(
     folder: Path, # of all checkpoints of a run
 ) -> list[Path]: # oldest first; unfinished ones are not among them
     "The checkpoints of a run."
-    return sorted(p for p in Path(folder).glob('epoch-*') if p.is_dir() and p.suffix != '.part')
+    return sorted(p for p in Path(folder).glob('epoch-*') if p.is_dir() and re.fullmatch(r'epoch-\d{5}(-update-\d{5})?', p.name))
 
 def prune(
     folder: Path, # of all checkpoints of a run
     newest: Path, # just written
     keep: int, # as many are left, with this one
 ) -> None:
-    "Remove what is older than wanted, and what calls itself newer: that was found damaged, or this run would have begun there."
+    "Remove what is older than wanted, and what calls itself newer: that was found damaged, or this run would have begun there. The last one between two epochs stays."
     found = checkpoints(folder)
     here = found.index(newest)
-    for old in found[:max(0, here + 1 - keep)] + found[here + 1:]: shutil.rmtree(old, ignore_errors=True)
+    between = [p for p in found[:here + 1] if '-update-' not in p.name][-1:]
+    for old in found[:max(0, here + 1 - keep)] + found[here + 1:]:
+        if old not in between: shutil.rmtree(old, ignore_errors=True)
 
 def free_space(
     folder: Path, # may be gone
@@ -182,9 +179,11 @@ def is_whole(
 
 def newest_checkpoint(
     folder: Path, # of all checkpoints of a run
+    between_epochs: bool = False, # only those without an epoch in progress
 ) -> Path | None: # the newest that is whole
     "Look from the newest back; a damaged one is named and passed over."
     for path in reversed(checkpoints(folder)):
+        if between_epochs and '-update-' in path.name: continue
         if is_whole(path): return path
         print(f'{path} is damaged: its files are not what was written. Looking for an older one.')
     return None

@@ -111,7 +111,7 @@ def start_wandb(
     if mode == 'off': return None
     import wandb # takes a second to load, which those who did not ask for it need not wait
     options = dict(project='ddpo_tutorial', name=folder.name, dir=str(folder), config=config, id=run_id, resume='allow' if run_id else None,
-                   settings=wandb.Settings(init_timeout=20, finish_timeout=60, silent=True))
+                   settings=wandb.Settings(init_timeout=20, finish_timeout=50, silent=True))
     why = ''
     if mode == 'online':
         server = wandb.setup().settings.base_url
@@ -146,7 +146,7 @@ def log_to_wandb(
     try:
         rows = wandb_rows(epoch, watched)
         first = len(epoch.state.updates) - len(rows)
-        for i, row in enumerate(rows): run.log(row, step=first + i)
+        for i, row in enumerate(rows): run.log(row, step=first + i, commit=True) # without commit a row would wait for the next one
     except Exception as error: print(f'W&B could not log epoch {epoch.row["epoch"]}: {type(error).__name__}: {error}')
 
 def finish_wandb(
@@ -180,7 +180,9 @@ class Recorder:
         tracking=None, # of `start_wandb`
     ):
         self.folder, self.total, self.watch, self.tracking = folder, total, watch, tracking
-        self.done, self.bar = done, progress_bar(range(total - done)) # of what is left to do
+        self.done = done
+        if done == total: return # nothing is left to do, and fastprogress warns of an empty bar
+        self.bar = progress_bar(range(total - done))
         self.bar.update(0)
 
     def __call__(self,

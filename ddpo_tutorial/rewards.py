@@ -200,6 +200,7 @@ class WeightedSum(nn.Module):
     ):
         super().__init__()
         if not terms: raise ValueError('WeightedSum() has no terms; expected name=(weight, reward), e.g. WeightedSum(look=(1.0, aesthetic)).')
+        for name in {'mean', 'std'} & set(terms): raise ValueError(f'A term cannot be named {name!r}: the metrics have a column reward_{name}. Choose another name.')
         self.terms, self.parts = terms, {}
         self.judges = nn.ModuleDict({name: reward for name, (_, reward) in terms.items() if isinstance(reward, nn.Module)})
 

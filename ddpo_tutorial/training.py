@@ -5,9 +5,11 @@
 # %% auto #0
 __all__ = ['option', 'check_setting', 'TrainConfig', 'Batch', 'Alone', 'Epoch', 'draw', 'judge', 'join', 'collect', 'accumulate',
            'shuffled_pairs', 'plan_updates', 'check_gradient', 'gradients', 'update', 'make_optimizer', 'make_scaler',
-           'step_with', 'Unfinished', 'State', 'new_state', 'begin', 'train', 'Evaluation', 'evaluate']
+           'step_with', 'other_generators', 'set_other_generators', 'Unfinished', 'State', 'new_state', 'begin',
+           'train', 'Evaluation', 'evaluate']
 
 # %% ../nbs/07_training.ipynb #0414817e
+import random
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -77,6 +79,7 @@ class TrainConfig:
         check_setting(self, 'guidance_scale', (int, float), np.isfinite, 'a number; at most 1 means no guidance')
         check_setting(self, 'seed', int, lambda v: 0 <= v < 2**63, 'a whole number from 0 to 2^63 - 1')
         check_setting(self, 'overlap_reward', bool, lambda v: True, 'True or False')
+        for name in ('buffer_size', 'min_count'): check_setting(self, name, int, lambda v: v >= 1, 'a whole number of at least 1')
         PerPromptStatTracker(self.buffer_size, self.min_count)
         if self.updates_per_epoch > self.samples_per_epoch:
             raise ValueError(f'updates_per_epoch={self.updates_per_epoch} is more than samples_per_epoch={self.samples_per_epoch}; an update needs at least one sample.')
@@ -184,7 +187,7 @@ def collect(
     try:
         waiting = [thread.submit(judge, reward, batch) for batch in drawn()]
         return join([w.result() for w in waiting])
-    finally: thread.shutdown(wait=False, cancel_futures=True)
+    finally: thread.shutdown(cancel_futures=True) # the call in progress ends first: it may still draw random numbers
 
 # %% ../nbs/07_training.ipynb #72758be2
 def accumulate(
@@ -309,6 +312,18 @@ def step_with(
     optimizer.zero_grad()
 
 # %% ../nbs/07_training.ipynb #8d48b21e
+def other_generators() -> dict: # plain data
+    "The states of Python's, NumPy's and PyTorch's own generators. Nothing of ours draws from them, but a reward may."
+    kind, numbers, *position = np.random.get_state()
+    return dict(python=random.getstate(), numpy=[kind, numbers.tolist(), *position], torch=torch.get_rng_state(), cuda=torch.cuda.get_rng_state_all())
+
+def set_other_generators(
+    states: dict, # of `other_generators`
+) -> None:
+    "Put them back. GPUs are left alone when there are more or fewer now."
+    random.setstate(states['python']); np.random.set_state(tuple(states['numpy'])); torch.set_rng_state(states['torch'])
+    if len(states['cuda']) == torch.cuda.device_count(): torch.cuda.set_rng_state_all(states['cuda'])
+
 @dataclass
 class Unfinished:
     "An epoch in its second half: its samples are drawn, scored and normalised, and some of its updates are done."
@@ -339,10 +354,12 @@ class State:
 
     @contextmanager
     def sampling(self):
-        "While samples are drawn and scored nothing is learned: a fault puts the generator back, and the state is that after the last epoch."
-        before = self.generator.get_state()
+        "While samples are drawn and scored nothing is learned: a fault puts all generators back, and the state is that after the last epoch."
+        before, others = self.generator.get_state(), other_generators()
         try: yield
-        except BaseException: self.generator.set_state(before); raise
+        except BaseException:
+            if not self.unfinished: self.generator.set_state(before); set_other_generators(others)
+            raise
 
     @contextmanager
     def changing(self):
@@ -392,10 +409,10 @@ def begin(
         everyones = draw_prompts(prompts, config.samples_per_epoch, state.generator)
         batch = collect(config, pipe, reward, team.share(everyones), team.noise(state.generator), pause)
         rewards, parts = team.gather(batch.rewards), {name: team.gather(part) for name, part in batch.parts.items()}
-    with state.changing():
-        advantages = state.tracker.update(everyones, rewards)
-        plan = plan_updates(config, len(batch.prompts), state.generator)
-        state.unfinished = Unfinished(batch, rewards, parts, advantages, plan, [], since)
+        with state.changing():
+            advantages = state.tracker.update(everyones, rewards)
+            plan = plan_updates(config, len(batch.prompts), state.generator)
+            state.unfinished = Unfinished(batch, rewards, parts, advantages, plan, [], since)
     return state.unfinished
 
 def train(
@@ -409,7 +426,8 @@ def train(
     pause=lambda: None, # called before each batch of pictures, and before and after each update; it may raise, to stop
 ) -> list[dict]: # one row of metrics an epoch
     "DDPO (Black et al. 2023, section 4.3): sample, score, normalise, update; again. The same seed gives the same rows on the same machine."
-    config.check(); team.check(config); check_prompts(prompts); pipe.unet.eval()
+    config.check(); team.check(config); pipe.unet.eval()
+    prompts = [str(p) for p in check_prompts(prompts)] # NumPy has strings of its own, which a checkpoint could not hold
     state = state or new_state(config, pipe)
     for _ in range(len(state.rows), config.num_epochs):
         epoch = state.unfinished or begin(config, pipe, reward, prompts, state, team, pause)
@@ -419,6 +437,7 @@ def train(
             pause()
         state.finish()
         if on_epoch: on_epoch(Epoch(state.rows[-1], epoch.batch, epoch.rewards, epoch.advantages, state))
+        del epoch # its samples need not be kept while the next are drawn
     return state.rows
 
 # %% ../nbs/07_training.ipynb #d4ef1e12
@@ -434,7 +453,8 @@ def evaluate(
     reward, # reward(images, prompts) -> (B,)
     prompts: list[str], # B, each used once
     seed: int = 1_000_003, # of the noise; training never uses it
+    pause=lambda: None, # called before each batch; it may raise, to stop
 ) -> Evaluation: # reproducible: the same prompts and seed, the same noise
     "Sample every prompt once from fixed noise, and score."
-    batch = collect(config, pipe, reward, check_prompts(prompts), torch.Generator().manual_seed(seed))
+    batch = collect(config, pipe, reward, check_prompts(prompts), torch.Generator().manual_seed(seed), pause)
     return Evaluation(batch.prompts, batch.images, batch.rewards)

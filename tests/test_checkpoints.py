@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import random
 import resource
+import shutil
 import signal
 import sys
 import time
@@ -305,6 +306,35 @@ def test_other_generators_are_kept(tmp_path):
     seeded(); through = some(3, tmp_path / 'through')
     seeded(); some(1, tmp_path / 'parts'); torch.rand(5); np.random.rand(5); random.random()
     assert some(3, tmp_path / 'parts') == through
+
+@pytest.mark.parametrize('overlap', [False, True])
+def test_other_generators_are_put_back_when_an_epoch_is_given_up(tmp_path, overlap):
+    "A reward that draws from them is interrupted in the middle of an epoch: the checkpoint of the epoch before must have them as they were."
+    config = replace(SMALL, num_epochs=2, overlap_reward=overlap)
+    def noisy(images, prompts): return brightness(images, prompts) + torch.rand(len(prompts)) + float(np.random.rand()) + random.random()
+    def seeded(): torch.manual_seed(3); np.random.seed(3); random.seed(3)
+    seeded(); through = without_time(train(config, model(), noisy, PROMPTS))
+    seeded(); pipe = model(); state, calls = new_state(config, pipe), []
+    def pause():
+        calls.append(1)
+        if len(calls) == 3 + 1 + 2 + 3: raise Break # in the second epoch, before its last batch
+    with pytest.raises(Break): train(config, pipe, noisy, PROMPTS, state=state, pause=pause)
+    save_checkpoint(tmp_path, pipe, state, config)
+    torch.rand(5); np.random.rand(5); random.random()
+    pipe = model(); state = new_state(config, pipe)
+    load_checkpoint(newest_checkpoint(tmp_path), pipe, state)
+    assert len(state.rows) == 1 and without_time(train(config, pipe, noisy, PROMPTS, state=state)) == through
+
+def test_own_copies_are_left_alone(tmp_path):
+    train_some(tmp_path, 1)
+    shutil.copytree(tmp_path / 'epoch-00001', tmp_path / 'epoch-00001-mine')
+    train_some(tmp_path, 4, keep=1)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['epoch-00001-mine', 'epoch-00004']
+
+def test_strings_of_numpy_can_be_kept(tmp_path):
+    pipe = model(); state = new_state(SMALL, pipe)
+    train(replace(SMALL, num_epochs=1), pipe, brightness, list(np.array(PROMPTS)), lambda epoch: save_checkpoint(tmp_path, pipe, state, SMALL), state)
+    load_checkpoint(newest_checkpoint(tmp_path), pipe, new_state(SMALL, pipe))
 
 @pytest.mark.parametrize('moment', ['before the rename', 'after the rename', 'between the files'])
 def test_killed_while_writing(tmp_path, monkeypatch, moment):

@@ -3,10 +3,12 @@ import csv
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 
@@ -14,9 +16,11 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+import ddpo_tutorial.checkpoints as checkpointing
 from ddpo_tutorial.checkpoints import newest_checkpoint
 from ddpo_tutorial.configs import RunConfig
 from ddpo_tutorial.runs import main
@@ -143,30 +147,121 @@ def test_a_signal_keeps_what_is_done_and_the_run_goes_on_as_if_nothing_had_happe
     is_the_same_run(tmp_path / 'run', alone)
 
 
-@pytest.mark.parametrize('number, name, words', [(3, 'epoch-00001-update-00001', '1 of 5 epochs and 1 of 2 updates of the next'), (4, 'epoch-00001-update-00002', '1 of 5 epochs and 2 of 2 updates of the next')])
-def test_a_signal_in_an_update_ends_that_update(alone, tmp_path, monkeypatch, capsys, number, name, words):
-    """Not the epoch: the checkpoint is in the middle of it. Resumed, it is the same run."""
-    monkeypatch.chdir(tmp_path)
+@contextmanager
+def at_step(number, act):
+    """Do something just before an optimizer step."""
     taken = []
 
     def before_step(optimizer, args, kwargs):
         taken.append(1)
         if len(taken) == number:
-            os.kill(os.getpid(), signal.SIGTERM)
+            act()
 
     hook = register_optimizer_step_pre_hook(before_step)
     try:
-        assert main([*LONGER, '5', '--out', 'run']) == 0
+        yield taken
     finally:
         hook.remove()
+
+
+def terminate():
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.parametrize('number, name, words', [(3, 'epoch-00001-update-00001', '1 of 5 epochs and 1 of 2 updates of the next'), (4, 'epoch-00001-update-00002', '1 of 5 epochs and 2 of 2 updates of the next')])
+def test_a_signal_in_an_update_ends_that_update(alone, tmp_path, monkeypatch, capsys, number, name, words):
+    """Not the epoch: the checkpoint is in the middle of it. Resumed, it is the same run."""
+    monkeypatch.chdir(tmp_path)
+    with at_step(number, terminate) as taken:
+        assert main([*LONGER, '5', '--out', 'run']) == 0
     assert len(taken) == number and f'Stopped after {words}.' in capsys.readouterr().out
     assert newest_checkpoint(tmp_path / 'run' / 'checkpoints').name == name
-    before = load_file(tmp_path / 'run' / 'before.safetensors')
-    save_file(dict(before, rewards=before['rewards'] + 1), tmp_path / 'run' / 'before.safetensors')
+    path = tmp_path / 'run' / 'before.safetensors'
+    with safe_open(path, 'pt') as kept:
+        before, about = {name: kept.get_tensor(name) for name in kept.keys()}, kept.metadata()
+    save_file(dict(before, rewards=before['rewards'] + 1), path, about)
     assert main(['--resume', 'run']) == 0
     is_the_same_run(tmp_path / 'run', alone)
     first, wanted = (json.loads((run / 'evaluation.json').read_text()) for run in (tmp_path / 'run', alone))
     assert first['after'] == wanted['after'] and first['before'] == pytest.approx(wanted['before'] + 1)  # read from the file, not drawn again
+
+
+def fail(*args, **options):
+    raise OSError(28, 'No space left on device')
+
+
+@pytest.mark.parametrize('trouble, words', [('removed', 'config.json is gone'), ('full', 'could not be written')])
+def test_a_stop_that_cannot_be_kept_is_said(tmp_path, monkeypatch, capsys, trouble, words):
+    """The folder is gone or the disk is full when the run is asked to stop: not a word of success, and the checkpoint that a resumed run would take is named."""
+    monkeypatch.chdir(tmp_path)
+
+    def act():
+        if trouble == 'removed':
+            shutil.rmtree('run')
+        else:
+            monkeypatch.setattr(checkpointing, 'save_file', fail)
+        terminate()
+
+    with at_step(3, act):
+        assert main([*LONGER, '5', '--out', 'run']) == 1
+    out, err = capsys.readouterr()
+    assert words in err and 'Stopped after' not in out and ('Its newest checkpoint is epoch-00001' in err or trouble == 'removed'), err
+
+
+def test_a_fault_that_cannot_be_kept_is_said_too(tmp_path, monkeypatch, capsys):
+    """A reward that raises, and then a full disk: both, and the checkpoint that is left."""
+    monkeypatch.chdir(tmp_path)
+    module = type(sys)('full_disk')
+    calls = []
+
+    def reward(images, prompts):
+        calls.append(1)
+        if len(calls) == 7:  # two for the evaluation, two an epoch: the first batch of the third epoch
+            monkeypatch.setattr(checkpointing, 'save_file', fail)
+            raise ConnectionError('the judge did not answer')
+        return images.mean((1, 2, 3))
+
+    module.reward = reward
+    monkeypatch.setitem(sys.modules, 'full_disk', module)
+    assert main([*LONGER, '5', '--out', 'run', '--reward', 'full_disk:reward', '--checkpoint_every', '3']) == 1
+    err = capsys.readouterr().err
+    assert 'After 2 of 5 epochs: ConnectionError: the judge did not answer.' in err and 'could not be written' in err and 'It has no checkpoint yet.' in err
+
+
+def test_a_signal_in_the_evaluation_stops_it(tmp_path, monkeypatch, capsys):
+    """Before training and after it: the batch ends, and the resumed run draws the pictures again."""
+    monkeypatch.chdir(tmp_path)
+    module, calls = type(sys)('signalling'), []
+
+    def reward(images, prompts):
+        calls.append(1)
+        if len(calls) in when:
+            terminate()
+        return images.mean((1, 2, 3))
+
+    module.reward = reward
+    monkeypatch.setitem(sys.modules, 'signalling', module)
+    when = [1]
+    settings = [*LONGER, '1', '--out', 'run', '--reward', 'signalling:reward']
+    assert main(settings) == 0 and len(calls) == 1 and 'Stopped after 0 of 1 epochs.' in capsys.readouterr().out
+    calls.clear(); when[:] = [5]  # two before, two of the epoch, the first after it
+    assert main(['--resume', 'run']) == 0 and len(calls) == 5
+    assert 'Stopped after 1 of 1 epochs.' in capsys.readouterr().out and not (tmp_path / 'run' / 'evaluation.json').exists()
+    when.clear()
+    assert main(['--resume', 'run']) == 0 and len(calls) == 7 and 'standard deviations' in capsys.readouterr().out
+
+
+def test_prompts_edited_before_the_first_checkpoint(tmp_path, monkeypatch):
+    """The pictures before training are drawn again: those that are kept have other prompts."""
+    monkeypatch.chdir(tmp_path)
+    Path('animals.txt').write_text('a cat\na dog\n')
+    with at_step(1, fail):
+        assert main([*LONGER, '1', '--out', 'run', '--prompts', 'animals.txt']) == 1
+    first = load_file('run/before.safetensors')
+    shutil.rmtree('run/checkpoints', ignore_errors=True)
+    Path('animals.txt').write_text('a cow\na fox\na bee\n')
+    assert main(['--resume', 'run']) == 0
+    assert not torch.equal(first['images'], load_file('run/before.safetensors')['images'])
 
 
 def test_killed_and_resumed_is_the_same_run(alone, tmp_path):
@@ -231,7 +326,6 @@ def test_nan_reward_stops_before_the_update(tmp_path):
 
 def test_a_removed_folder_is_said(tmp_path):
     """Somebody deletes the run while it trains."""
-    import shutil
     process = start(tmp_path, 500)
     try:
         shutil.rmtree(tmp_path / 'run', ignore_errors=True)

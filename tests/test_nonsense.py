@@ -77,6 +77,7 @@ CALLS = { # what: (call, given a folder; error; words)
     'reward: a column': (lambda f: score(returns(torch.ones(2, 1)), GREY, TWO), ValueError, ['(2, 1)', '(2,)']),
     'reward: NaN': (lambda f: score(returns(torch.tensor([1., float('nan')])), GREY, TWO), ValueError, ['nan', "'a fox'"]),
     'reward: infinite, in training': (lambda f: train_on(lambda i, p: brightness(i, p) / 0), ValueError, ['inf', 'a ']),
+    'reward: a name that is taken': (lambda f: WeightedSum(mean=(1., brightness)), ValueError, ["'mean'", 'reward_mean']),
     'reward: no terms': (lambda f: WeightedSum(), ValueError, ['no terms']),
     'reward: unknown': (lambda f: find_reward('compresibility'), ValueError, ["'compresibility'", "Did you mean 'compressibility'"]),
     'reward: unknown module': (lambda f: find_reward('no_such_module:reward'), ValueError, ['no_such_module', 'module:name']),
@@ -109,6 +110,7 @@ CALLS = { # what: (call, given a folder; error; words)
     'settings: negative seed': (lambda f: train_with(seed=-1), ValueError, ['seed=-1']),
     'settings: a word for a switch': (lambda f: train_with(overlap_reward='yes'), ValueError, ["overlap_reward='yes'", 'True or False']),
     'settings: more updates than samples': (lambda f: train_with(updates_per_epoch=3), ValueError, ['updates_per_epoch=3', 'samples_per_epoch=2']),
+    'settings: no buffer': (lambda f: TrainConfig(buffer_size=None).check(), ValueError, ['buffer_size=None', 'a whole number']),
     'settings: a buffer too small': (lambda f: train_with(buffer_size=1), ValueError, ['min_count=8', 'buffer_size=1']),
     'settings: a number for a model': (lambda f: RunConfig(model=3).check(), ValueError, ['model=3', 'words']),
     'settings: rank -1': (lambda f: RunConfig(lora_rank=-1).check(), ValueError, ['lora_rank=-1', '0 for the whole UNet']),
@@ -146,7 +148,7 @@ COMMANDS = { # arguments; words
     '--learning_rate nan': ['learning_rate=nan'], '--num_inference_steps 5000': ['num_inference_steps=5000', '1000'], '--updates_per_epoch 9 --samples_per_epoch 4': ['updates_per_epoch=9'],
     '--eval_images 0': ['eval_images=0'], '--watch_images -1': ['watch_images=-1'], '--config sd-lora': ["'sd-lora'", 'sd-lora-16gb'], '--config bad.yaml': ["'sede'", "'seed'"],
     '--resume nowhere': ["'nowhere' is no run"], '--wandb ofline': ["'ofline'", "'offline'"], '--lora_rank -1': ['lora_rank=-1'], '--checkpoint_every 0': ['checkpoint_every=0'],
-    '--config tiny --resume here': ['exclude each other'], '--min_count 99': ['min_count=99', 'buffer_size=16'], '--out empty.txt/run': ['is a file'], '--seed -1': ['seed=-1'], '--out shut/run': ['may not be written'],
+    '--config tiny --resume here': ['exclude each other'], '--resume here --out there': ['exclude each other', 'its own folder'], '--resume=': ["'' is no run"], '--min_count 99': ['min_count=99', 'buffer_size=16'], '--out empty.txt/run': ['is a file'], '--seed -1': ['seed=-1'], '--out shut/run': ['may not be written'],
 }
 
 @pytest.fixture

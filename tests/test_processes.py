@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from ddpo_tutorial.configs import RunConfig
 from ddpo_tutorial.processes import Team, make_team
 from ddpo_tutorial.runs import Run, fingerprint, go_on
 from ddpo_tutorial.training import Alone, TrainConfig, new_state, train
-from helpers import PROMPTS, brightness, micro_pipeline
+from helpers import PROMPTS, brightness, micro_pipeline, weights
 from test_command import COMMAND, ENV, SMALL, metrics
 
 HERE = Path(__file__).parent
@@ -142,8 +143,32 @@ def test_an_epoch_in_progress_is_not_shared_out(tmp_path):
     with pytest.raises(Break): train(config, pipe, brightness, PROMPTS, state=state, pause=pause)
     state.notes |= dict(processes=1, prompts=fingerprint(PROMPTS))
     save_checkpoint(tmp_path / 'checkpoints', pipe, state, config)
-    with pytest.raises(ValueError, match='middle of an epoch.*1 process.*2 processes now'): go_on(Run(config, tmp_path, Two(), pipe, brightness, PROMPTS, new_state(config, pipe)))
+    with pytest.raises(ValueError, match='1 process has drawn.*2 now. Go on with 1'): go_on(Run(config, tmp_path, Two(), pipe, brightness, PROMPTS, new_state(config, pipe)))
     go_on(Run(config, tmp_path, Alone(), pipe, brightness, PROMPTS, new_state(config, pipe)))
+
+def test_several_begin_an_epoch_in_progress_again(tmp_path, capsys):
+    "From the checkpoint before it, which pruning has left although only one is to be kept."
+    class Break(Exception): "Raised by `pause`."
+    config = RunConfig(num_epochs=2, samples_per_epoch=4, num_inference_steps=2, updates_per_epoch=2, minibatch_size=4, keep_checkpoints=1)
+    pipe = micro_pipeline(); state, between = new_state(config, pipe), []
+    state.notes |= dict(processes=1, prompts=fingerprint(PROMPTS))
+    def keep_it(epoch=None): save_checkpoint(tmp_path / 'checkpoints', pipe, state, config, 1); between.append(weights(pipe.unet))
+    def pause():
+        if state.rows and state.unfinished and state.unfinished.done: raise Break
+    with pytest.raises(Break): train(config, pipe, brightness, PROMPTS, keep_it, state, pause=pause)
+    keep_it()
+    run = Run(config, tmp_path, Two(), micro_pipeline(), brightness, PROMPTS, new_state(config, pipe))
+    run = run._replace(state=new_state(config, run.pipe))
+    go_on(run)
+    assert len(run.state.rows) == 1 and run.state.unfinished is None and torch.equal(weights(run.pipe.unet), between[0]) and not torch.equal(between[0], between[1])
+    assert 'after 1 of 2 epochs.' in capsys.readouterr().out
+
+def test_fewer_epochs_than_are_begun_are_refused(tmp_path):
+    "Half an epoch would be taken for none, and its weights for those of the epoch before."
+    config = RunConfig(num_epochs=2, samples_per_epoch=4, num_inference_steps=2, updates_per_epoch=2, minibatch_size=4)
+    pipe = micro_pipeline(); state = new_state(config, pipe)
+    train(config, pipe, brightness, PROMPTS, lambda epoch: save_checkpoint(tmp_path / 'checkpoints', pipe, state, config), state)
+    with pytest.raises(ValueError, match='num_epochs=1; expected at least 2'): go_on(Run(replace(config, num_epochs=1), tmp_path, Alone(), pipe, brightness, PROMPTS, new_state(config, pipe)))
 
 def test_nonsense_that_only_the_first_sees_ends_all(finished):
     "A folder that holds something: each says so, none waits, none shows a traceback."

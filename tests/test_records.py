@@ -157,6 +157,15 @@ def test_wandb_gets_pictures_of_the_same_prompts(tracked):
     for h in shown: assert h['pictures/count'] == 3 and [c.split(':')[0] for c in h['pictures/captions']] == PROMPTS[:3]
     assert len(list(folder.glob('wandb/offline-run-*/files/media/images/*.png'))) == 9
 
+def test_wandb_gets_each_row_at_once(tmp_path):
+    "Without commit the last row of an epoch, with its rewards and pictures, would wait for the next epoch."
+    class Listener:
+        def __init__(self): self.calls = []
+        def log(self, row, step, commit=False): self.calls.append((step, commit))
+    listener = Listener()
+    recorded(tmp_path, replace(SMALL, num_epochs=1), tracking=listener)
+    assert listener.calls == [(0, True), (1, True)]
+
 def test_wandb_goes_on_with_the_same_run(tracked):
     folder, run_id, *_ = tracked
     again = start_wandb('offline', folder, dict(seed=7), run_id)
