@@ -182,7 +182,7 @@ def test_a_signal_to_the_launcher_ends_the_epoch(tmp_path):
     process = long_run(tmp_path)
     process.terminate()
     out, said = process.communicate(timeout=60)
-    assert 'Stopping after this epoch' in out and 'To go on: ddpo_train --resume run' in out, out + said
+    assert out.count('Stopping after this epoch') == out.count('To go on: ddpo_train --resume run') == 1, out + said
     assert len(metrics(tmp_path / 'run')) == int(max((tmp_path / 'run' / 'checkpoints').iterdir()).name[-5:])
 
 def test_when_one_is_killed_the_other_ends_and_says_so(tmp_path):
