@@ -311,7 +311,9 @@ def test_other_generators_are_kept(tmp_path):
 def test_other_generators_are_put_back_when_an_epoch_is_given_up(tmp_path, overlap):
     "A reward that draws from them is interrupted in the middle of an epoch: the checkpoint of the epoch before must have them as they were."
     config = replace(SMALL, num_epochs=2, overlap_reward=overlap)
-    def noisy(images, prompts): return brightness(images, prompts) + torch.rand(len(prompts)) + float(np.random.rand()) + random.random()
+    def noisy(images, prompts):
+        time.sleep(.2) # so that a thread still has to draw when the epoch is given up
+        return brightness(images, prompts) + torch.rand(len(prompts)) + float(np.random.rand()) + random.random()
     def seeded(): torch.manual_seed(3); np.random.seed(3); random.seed(3)
     seeded(); through = without_time(train(config, model(), noisy, PROMPTS))
     seeded(); pipe = model(); state, calls = new_state(config, pipe), []
@@ -319,6 +321,7 @@ def test_other_generators_are_put_back_when_an_epoch_is_given_up(tmp_path, overl
         calls.append(1)
         if len(calls) == 3 + 1 + 2 + 3: raise Break # in the second epoch, before its last batch
     with pytest.raises(Break): train(config, pipe, noisy, PROMPTS, state=state, pause=pause)
+    time.sleep(.5) # for a thread that should have ended
     save_checkpoint(tmp_path, pipe, state, config)
     torch.rand(5); np.random.rand(5); random.random()
     pipe = model(); state = new_state(config, pipe)

@@ -58,9 +58,8 @@ def test_a_reader_in_the_middle_has_the_old_table(tmp_path):
     "Renamed, not written over: whoever has the file open reads on in the old one."
     write_rows(tmp_path / 'a.csv', [dict(x=i) for i in range(9)])
     with (tmp_path / 'a.csv').open() as reader:
-        first = reader.readline()
         write_rows(tmp_path / 'a.csv', [dict(y=0)])
-        assert (first + reader.read()).split() == ['x', *map(str, range(9))] and (tmp_path / 'a.csv').read_text().split() == ['y', '0']
+        assert reader.read().split() == ['x', *map(str, range(9))] and (tmp_path / 'a.csv').read_text().split() == ['y', '0']
 
 def test_pictures_are_refreshed_and_fixed(tmp_path):
     "The sheet shows the watched prompts; without learning it is the same picture after every epoch, whatever training draws."
