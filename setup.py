@@ -26,5 +26,6 @@ setup(
     extras_require={'dev': cfg['dev_requirements'].split()},
     entry_points={'console_scripts': cfg['console_scripts'].split(), 'nbdev': [f'{cfg["lib_name"]}={cfg["lib_name"]}._modidx:d']},
     zip_safe=False,
-    classifiers=['Programming Language :: Python :: 3', 'Intended Audience :: Education', 'Topic :: Scientific/Engineering :: Artificial Intelligence'],
+    classifiers=['Programming Language :: Python :: 3', 'Intended Audience :: Education',
+                 'Topic :: Scientific/Engineering :: Artificial Intelligence'],
 )

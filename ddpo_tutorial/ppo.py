@@ -22,7 +22,8 @@ def reinforce_loss(
     log_probs: torch.Tensor, # (N,) with gradient
     advantages: torch.Tensor, # (N,) without
 ) -> torch.Tensor: # ()
-    "The score-function loss -E[A log p]: its gradient is REINFORCE's (DDPO-SF, Black et al. 2023, section 4.3). Raises ValueError for shapes that differ."
+    """The score-function loss -E[A log p]: its gradient is REINFORCE's (DDPO-SF, Black et al. 2023, section 4.3).
+    Raises ValueError for shapes that differ."""
     check_pairs(log_probs=log_probs, advantages=advantages)
     return -(advantages.detach() * log_probs).mean()
 
@@ -43,21 +44,21 @@ def diagnostics(
     """How far the policy has moved: half the mean squared log-ratio, an estimate of the KL divergence (Schulman 2020,
     joschu.net/blog/kl-approx.html, k2; k3 loses all its digits in float32 at log-ratios of 1e-4), the share of ratios
     outside the clip range, and the mean ratio."""
-    ratio = log_ratio.exp()
-    return dict(approx_kl=.5 * (log_ratio**2).mean(), clipfrac=((ratio - 1).abs() > clip_range).float().mean(), ratio=ratio.mean())
+    r = log_ratio.exp()
+    return dict(approx_kl=.5 * (log_ratio**2).mean(), clipfrac=(abs(r - 1) > clip_range).float().mean(), ratio=r.mean())
 
 def ppo_loss(
     log_probs: torch.Tensor, # (N,) under the weights as they are, with gradient
     old_log_probs: torch.Tensor, # (N,) under the weights that sampled
-    advantages: torch.Tensor, # (N,)
-    clip_range: float = 1e-4, # epsilon; small, because the log-prob is a mean over latent dimensions
+    advantages, # (N,) array, as the tracker returns it, or tensor
+    clip_range: float, # epsilon; it belongs to a model, because the log-prob is a mean over its latents' dimensions
     adv_clip_max: float = 10., # advantages are clipped to +- this
 ) -> tuple[torch.Tensor, dict]: # the loss (), and its diagnostics as detached tensors ()
     """The clipped surrogate averaged over (sample, timestep) pairs (DDPO-IS, Black et al. 2023, section 4.3).
     The caller calls backward(). Raises ValueError for shapes that differ and for a clip_range that is not above 0."""
+    advantages = torch.as_tensor(advantages, dtype=log_probs.dtype, device=log_probs.device).detach()
     check_pairs(log_probs=log_probs, old_log_probs=old_log_probs, advantages=advantages)
     if not clip_range > 0: raise ValueError(f'clip_range={clip_range}; expected a number above 0.')
     log_ratio = log_probs - old_log_probs.detach()
-    ratio = log_ratio.exp()
-    loss = clipped_surrogate(ratio, advantages.detach().clamp(-adv_clip_max, adv_clip_max), clip_range).mean()
+    loss = clipped_surrogate(log_ratio.exp(), advantages.clamp(-adv_clip_max, adv_clip_max), clip_range).mean()
     return loss, diagnostics(log_ratio.detach(), clip_range)

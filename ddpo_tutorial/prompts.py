@@ -11,7 +11,7 @@ import json
 from importlib.resources import files
 from pathlib import Path
 
-import torch
+import numpy as np
 
 # %% ../nbs/03_prompts.ipynb #979b9414
 def tiny_animals() -> list[str]: # 64 names
@@ -20,10 +20,11 @@ def tiny_animals() -> list[str]: # 64 names
 
 # %% ../nbs/03_prompts.ipynb #9dab118d
 def simple_animals() -> list[str]: # 45 names
-    "The 45 common animals of the DDPO paper's aesthetic runs (Black et al. 2023, section 6.1); the tiny model knows them all."
-    names = '''cat dog horse monkey rabbit zebra spider bird sheep deer cow goat lion tiger bear raccoon fox wolf lizard beetle
-    ant butterfly fish shark whale dolphin squirrel mouse rat snake turtle frog chicken duck goose bee pig turkey fly llama camel
-    bat gorilla hedgehog kangaroo'''
+    """The 45 common animals of the DDPO paper's aesthetic runs (Black et al. 2023, section 6.1).
+    The tiny model knows them all."""
+    names = '''cat dog horse monkey rabbit zebra spider bird sheep deer cow goat lion tiger bear raccoon fox wolf lizard
+    beetle ant butterfly fish shark whale dolphin squirrel mouse rat snake turtle frog chicken duck goose bee pig turkey
+    fly llama camel bat gorilla hedgehog kangaroo'''
     return names.split()
 
 # %% ../nbs/03_prompts.ipynb #26b1d5bf
@@ -51,7 +52,7 @@ def fill_template(
     template: str = '{}', # text with one hole, e.g. 'a pencil sketch of {}'
 ) -> list[str]: # a prompt a name
     "Put each name, with its article, into a template. Raises ValueError when the template has no hole."
-    if '{}' not in template: raise ValueError(f"The template {template!r} has no '{{}}' for the name to go into; try 'a photo of {{}}'.")
+    if '{}' not in template: raise ValueError(f"The template {template!r} has no '{{}}' for the name; try 'a photo of {{}}'.")
     return [template.replace('{}', with_article(name)) for name in names]
 
 # %% ../nbs/03_prompts.ipynb #528a95c3
@@ -60,21 +61,22 @@ def read_prompts(
 ) -> list[str]: # its prompts
     "Read a file of prompts. Raises FileNotFoundError, or ValueError when it holds no prompt or is no text."
     path = Path(path)
-    if not path.is_file(): raise FileNotFoundError(f'There is no prompt file {str(path)!r}; expected a text file with one prompt a line.')
-    try: lines = [line.strip() for line in path.read_text(encoding='utf-8').splitlines()]
-    except UnicodeDecodeError as error: raise ValueError(f'The prompt file {str(path)!r} is not UTF-8 text ({error}); save it as UTF-8.') from error
+    if not path.is_file():
+        raise FileNotFoundError(f'There is no prompt file {str(path)!r}; expected a text file with one prompt a line.')
+    try: lines = [line.strip() for line in path.read_text(encoding='utf-8-sig').splitlines()]
+    except UnicodeDecodeError as error:
+        raise ValueError(f'The prompt file {str(path)!r} is not UTF-8 text ({error}); save it as UTF-8.') from error
     prompts = [line for line in lines if line and not line.startswith('#')]
-    if not prompts: raise ValueError(f'The prompt file {str(path)!r} holds no prompt; expected one a line (lines starting with # are skipped).')
+    if not prompts: raise ValueError(f'The prompt file {str(path)!r} holds no prompt; expected one a line.')
     return prompts
 
 # %% ../nbs/03_prompts.ipynb #e1ca220c
 def draw_prompts(
     prompts: list[str], # to draw from
     n: int, # how many
-    generator: torch.Generator, # where the randomness comes from
+    rng: np.random.Generator, # where the randomness comes from
 ) -> list[str]: # n prompts, with replacement
-    "Draw prompts uniformly, reproducibly. Raises ValueError when there is nothing to draw from, or nothing to be drawn."
+    "Draw prompts uniformly, reproducibly. Raises ValueError when there is nothing to draw from, or n is below 1."
     if len(prompts) == 0: raise ValueError('There are no prompts to draw from; expected at least one string.')
     if n < 1: raise ValueError(f'n={n}; expected at least 1 prompt to be drawn.')
-    rows = torch.randint(len(prompts), (n,), generator=generator, device=generator.device)
-    return [prompts[i] for i in rows.tolist()]
+    return [prompts[i] for i in rng.integers(len(prompts), size=n)]

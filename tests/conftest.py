@@ -1,11 +1,14 @@
 """Fixtures: the pipeline the package ships, and a random one that is a thousand times smaller"""
 import os
 os.environ.setdefault('HF_HUB_OFFLINE', '1')
+os.environ.setdefault('OMP_NUM_THREADS', '1') # two test processes run side by side, see .pytest.ini
 
 import pytest
 
 from ddpo_tutorial.pipelines import load_pipeline
 from helpers import micro_pipeline
+
+SKIP = pytest.mark.skip(reason='needs many minutes or much memory: run with --slow')
 
 @pytest.fixture(scope='session')
 def tiny():
@@ -24,6 +27,8 @@ def pytest_configure(config):
     config.addinivalue_line('markers', 'slow: needs many minutes or much memory; runs with --slow')
 
 def pytest_collection_modifyitems(config, items):
-    if config.getoption('--slow'): return
+    "A file's tests stay in one process, for its fixtures; notebooks go wherever there is room, and come last."
+    items.sort(key=lambda item: item.path.name == 'test_notebooks.py')
     for item in items:
-        if item.get_closest_marker('slow'): item.add_marker(pytest.mark.skip(reason='needs many minutes or much memory: run with --slow'))
+        if item.path.name != 'test_notebooks.py': item.add_marker(pytest.mark.xdist_group(item.path.name))
+        if item.get_closest_marker('slow') and not config.getoption('--slow'): item.add_marker(SKIP)

@@ -1,9 +1,10 @@
 """Every notebook runs top to bottom, on a CPU, offline, within its budget of time."""
+import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -14,30 +15,40 @@ LIMIT = 90 # CPU seconds
 ENV = os.environ | dict(HF_HUB_OFFLINE='1', MPLBACKEND='agg', CUDA_VISIBLE_DEVICES='', OMP_NUM_THREADS='1')
 
 
-def run_notebook(path):
-    """nbdev_test raises at the first cell that fails; slow, cuda and download cells are left out. Returns exit code, output, CPU seconds.
-    One thread each: two that wait for each other would count their waiting."""
+def run_notebook(path, cwd=ROOT):
+    """Returns exit code, output and CPU seconds. nbdev_test stops at the first cell that fails, and leaves out those
+    for CUDA and for downloads. One thread each: two that wait for each other would count their waiting."""
+    command = [Path(sys.executable).parent / 'nbdev_test', '--path', path, '--n_workers', '0', '--do_print']
     with tempfile.TemporaryFile('w+') as log:
-        process = subprocess.Popen([Path(sys.executable).parent / 'nbdev_test', '--path', path, '--n_workers', '0', '--do_print'], cwd=ROOT, env=ENV, stdout=log, stderr=log)
+        process = subprocess.Popen(command, cwd=cwd, env=ENV, stdout=log, stderr=log)
         _, status, used = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
         log.seek(0)
         return process.returncode, log.read(), used.ru_utime + used.ru_stime
 
 
-@pytest.fixture(scope='module')
-def ran(request):
-    """All notebooks that are asked for, two at a time."""
-    paths = [item.callspec.params['path'] for item in request.session.items if item.originalname == 'test_notebook_runs']
-    with ThreadPoolExecutor(2) as pool:
-        return dict(zip(paths, pool.map(run_notebook, paths)))
-
-
 @pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: p.stem)
-def test_notebook_runs(path, ran):
-    """Without an error and within the limit. Another process on the same machine makes every second longer, so a notebook over the limit has a second try."""
-    code, log, spent = ran[path]
+def test_notebook_runs(path):
+    """Without an error and within the limit. Another process on the same machine makes every second longer, so a
+    notebook over the limit has a second try."""
+    code, log, spent = run_notebook(path)
     assert code == 0, log[-4000:]
     if spent > LIMIT: spent = min(spent, run_notebook(path)[2])
     print(f'{path.stem}: {spent:.0f} s of CPU')
     assert spent <= LIMIT, f'{spent:.0f} CPU seconds'
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('stem', ['09_runs', '11_stable_diffusion'])
+def test_notebook_runs_where_products_are_in_16_bits(stem, tmp_path):
+    """These two take a GPU where there is one, and a GPU computes in 16 bits. Here the CPU is asked to."""
+    shutil.copytree(ROOT / 'nbs', tmp_path / 'nbs', ignore=shutil.ignore_patterns('runs', 'wandb', '.ipynb_checkpoints'))
+    shutil.copy(ROOT / 'settings.ini', tmp_path)
+    path = tmp_path / 'nbs' / f'{stem}.ipynb'
+    notebook = json.loads(path.read_text(encoding='utf-8'))
+    first = 'import torch\nfrom ddpo_tutorial import pipelines\npipelines.compute_dtype = lambda device: torch.bfloat16'
+    cell = dict(cell_type='code', id='16b17000', metadata={}, execution_count=None, outputs=[], source=first)
+    notebook['cells'].insert(1, cell)
+    path.write_text(json.dumps(notebook), encoding='utf-8')
+    code, log, _ = run_notebook(path, tmp_path)
+    assert code == 0, log[-4000:]

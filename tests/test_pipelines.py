@@ -1,65 +1,218 @@
-"""Loading, encoding, decoding, pictures"""
+"""Loading, precision, encoding, decoding, pictures, LoRA, saving"""
+import json
+import os
+import subprocess
+import sys
+import time
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, PNDMScheduler
+from diffusers import DDIMScheduler, PNDMScheduler, StableDiffusionPipeline
 from diffusers.models.attention_processor import AttnProcessor2_0
+from peft import LoraConfig
 
-from ddpo_tutorial.pipelines import (check_prompts, contact_sheet, ddim_scheduler, decode_latents, encode_prompts, fit_text, load_pipeline, model_source,
-    tiny_folder, to_pil)
-from helpers import PROMPTS, calls_of, generator
+from ddpo_tutorial.pipelines import (
+    add_lora, check_prompts, compute_dtype, contact_sheet, decode_latents, encode_prompts, fit_text, has_lora,
+    load_pipeline, prepare, save_memory, save_trained, to_pil)
+from ddpo_tutorial.sampling import make_generators, sample
+from helpers import PROMPTS, calls_of, generator, micro_pipeline, sample_some, weights
+from sd_shape import sd_networks
 
 LONG = 'a' + ' cat' * 20
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+TARGETS = ['to_q', 'to_k', 'to_v', 'to_out.0']
 
 # loading
 
 def test_loads_for_training(tiny):
-    "Dropout left on, half-precision weights, or gradients into the VAE and the text encoder."
+    "Dropout left on, or gradients into the VAE and the text encoder."
     for part in (tiny.unet, tiny.vae, tiny.text_encoder):
         assert not any(m.training for m in part.modules())
         assert {p.dtype for p in part.parameters()} == {torch.float32}
         assert {p.requires_grad for p in part.parameters()} == {part is tiny.unet}
 
-def test_pitfall_05_latents_are_not_clamped(tiny):
+def with_scheduler(pipe, scheduler):
+    "A pipeline as it comes from elsewhere, prepared for training."
+    pipe.scheduler = scheduler
+    return prepare(pipe, 'cpu', torch.float32).scheduler
+
+def test_pitfall_05_latents_are_not_clamped(tiny, micro):
     "`from_config` turns clip_sample on where a config is silent, which clamps latents to [-1, 1]."
     silent = PNDMScheduler(skip_prk_steps=True, steps_offset=1)
     assert DDIMScheduler.from_config(silent.config).config.clip_sample # the fault
-    assert ddim_scheduler(silent).config.clip_sample is False
+    assert with_scheduler(micro, silent).config.clip_sample is False
     assert tiny.scheduler.config.clip_sample is False
 
-@pytest.mark.parametrize('changes', [dict(beta_end=.02), dict(set_alpha_to_one=False, steps_offset=1), dict(prediction_type='v_prediction')])
-def test_scheduler_keeps_the_noise_schedule(changes):
+@pytest.mark.parametrize('changes', [
+    dict(beta_end=.02), dict(set_alpha_to_one=False, steps_offset=1), dict(prediction_type='v_prediction')])
+def test_scheduler_keeps_the_noise_schedule(micro, changes):
     "Swapping the scheduler must not swap the noise schedule the model was trained with."
     old = PNDMScheduler(skip_prk_steps=True, **changes)
-    new = ddim_scheduler(old)
-    assert torch.equal(new.alphas_cumprod, old.alphas_cumprod)
+    new = with_scheduler(micro, old)
+    assert isinstance(new, DDIMScheduler) and torch.equal(new.alphas_cumprod, old.alphas_cumprod)
     assert {k: new.config[k] for k in changes} == changes
 
 def test_pitfall_28_fast_attention_is_kept(tiny):
     "Attention slicing replaces the fast processors."
-    kinds = lambda: {type(p) for p in tiny.unet.attn_processors.values()}
-    assert kinds() == {AttnProcessor2_0}
+    assert {type(p) for p in tiny.unet.attn_processors.values()} == {AttnProcessor2_0}
 
-@pytest.mark.parametrize('name', ['stable-diffusion', './no/such/folder', '/no/such', '~/no/such', 'a/b/c'])
+@pytest.mark.parametrize('name', ['tyni', './no/such/folder', '/no/such', '~/no/such', 'a/b/c', 'owner/name'])
 def test_unknown_model_is_refused(name):
-    "An unknown name must say which names exist, before anything is downloaded."
-    with pytest.raises(ValueError, match=f"no model named '{name}'.*'tiny'.*save_pretrained.*hub id"): model_source(name)
+    "Offline (as in these tests) and for names that cannot be: one sentence at once, with the names that can be."
+    began = time.perf_counter()
+    wanted = "could not be loaded; expected 'tiny', a folder .* or a hub id owner/name"
+    with pytest.raises(ValueError, match=wanted) as caught: load_pipeline(name)
+    assert repr(os.path.expanduser(name)) in str(caught.value) and len(str(caught.value).splitlines()) == 1
+    assert time.perf_counter() - began < 2
+
+def test_dead_network_is_one_sentence(tmp_path):
+    "As a user meets it: no row of retries, no half minute of waiting."
+    env = {k: v for k, v in os.environ.items() if k != 'HF_HUB_OFFLINE'}
+    env |= dict(HF_ENDPOINT='http://127.0.0.1:9', HF_HOME=str(tmp_path))
+    code = """
+import sys, time
+from ddpo_tutorial.pipelines import load_pipeline
+began = time.perf_counter()
+try: load_pipeline('owner/name')
+except ValueError as error: print(error, file=sys.stderr)
+print(time.perf_counter() - began)"""
+    done = subprocess.run([sys.executable, '-c', code], env=env, capture_output=True, text=True)
+    said = done.stderr.strip().splitlines()
+    assert len(said) == 1 and said[0].startswith("'owner/name' could not be loaded; expected 'tiny'"), done.stderr
+    assert 'Connect' in said[0] and float(done.stdout) < 10
 
 def test_folder_that_is_no_pipeline_is_refused(tmp_path):
     "A folder without a pipeline must not be taken for a hub id."
-    with pytest.raises(ValueError, match="no diffusers folder.*model_index.json.*'tiny'"): load_pipeline(str(tmp_path))
+    with pytest.raises(ValueError, match="could not be loaded; expected 'tiny'.*model_index.json"):
+        load_pipeline(tmp_path)
 
-@pytest.mark.parametrize('name, source', [('tiny', str(tiny_folder())), (tiny_folder(), str(tiny_folder())), ('owner/name', 'owner/name')])
-def test_known_models_pass(name, source):
-    "The name of the shipped model, a folder and a hub id."
-    assert model_source(name) == source
-
-def test_saved_pipeline_loads_again(tmp_path, micro):
-    "What was trained must come back from its folder with the same weights."
+def test_broken_folder_is_refused(tmp_path, micro):
+    "A copy that was cut off: the sentence says which file is missing."
     micro.save_pretrained(tmp_path)
-    loaded = load_pipeline(str(tmp_path), device='cpu')
-    assert all(torch.equal(a, b) for a, b in zip(loaded.unet.parameters(), micro.unet.parameters()))
+    for file in (tmp_path / 'unet').glob('*.safetensors'): file.unlink()
+    with pytest.raises(ValueError, match='could not be loaded; expected .*diffusion_pytorch_model.*unet'):
+        load_pipeline(tmp_path)
+
+OTHERS = ['StableDiffusionXLPipeline', 'FluxPipeline', 'StableDiffusionInpaintPipeline', None]
+
+def write_index(folder, name):
+    "A folder of a pipeline that has no weights yet."
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / 'model_index.json').write_text(json.dumps({'_class_name': name} if name else {}))
+
+def snapshot(hub, repo, revision):
+    "Where the hub's local cache keeps a revision of a model; the revision becomes the newest."
+    folder = hub / f'models--{repo.replace("/", "--")}'
+    (folder / 'refs').mkdir(parents=True, exist_ok=True)
+    (folder / 'refs' / 'main').write_text(revision)
+    return folder / 'snapshots' / revision
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    "An empty local cache of the hub."
+    monkeypatch.setattr('huggingface_hub.constants.HF_HUB_CACHE', str(tmp_path))
+    return tmp_path
+
+@pytest.mark.parametrize('name', OTHERS)
+def test_other_models_are_refused_by_name(hub, name):
+    "SDXL and newer read other inputs; from a folder and from the hub, before a weight is read (there is none)."
+    for source, folder in [(str(hub / 'sdxl'), hub / 'sdxl'), ('owner/name', snapshot(hub, 'owner/name', 'a' * 40))]:
+        write_index(folder, name)
+        with pytest.raises(ValueError, match=f"^'{source}' is a {name}; expected a StableDiffusionPipeline: .* 1 or 2"):
+            load_pipeline(source)
+
+def test_cached_model_needs_no_network(hub, micro):
+    "What was downloaded once is loaded from the cache."
+    micro.save_pretrained(snapshot(hub, 'owner/name', 'a' * 40))
+    assert torch.equal(weights(load_pipeline('owner/name', 'cpu').unet), weights(micro.unet))
+
+def test_stable_diffusion_is_pinned(hub, micro):
+    "A newer revision of the real model would be another model for the same command."
+    name = 'CompVis/stable-diffusion-v1-4'
+    micro.save_pretrained(snapshot(hub, name, '133a221b8aa7292a167afc5127cb63fb5005638b'))
+    micro_pipeline(seed=1).save_pretrained(snapshot(hub, name, 'b' * 40))
+    assert torch.equal(weights(load_pipeline(name, 'cpu').unet), weights(micro.unet))
+
+def test_safety_checker_is_left_out(tmp_path, micro):
+    "It turns pictures black, and a reward would score the black."
+    micro.save_pretrained(tmp_path)
+    checker = dict(safety_checker=['stable_diffusion', 'StableDiffusionSafetyChecker'], requires_safety_checker=True)
+    index = json.loads((tmp_path / 'model_index.json').read_text()) | checker
+    (tmp_path / 'model_index.json').write_text(json.dumps(index))
+    pipe = load_pipeline(tmp_path, 'cpu')
+    assert pipe.safety_checker is None and not pipe.config.requires_safety_checker
+
+# precision
+
+def picture(pipe):
+    "A plain call of the pipeline: (1, 3, H, W)."
+    return pipe('a cat', num_inference_steps=5, generator=generator(), output_type='pt').images.float()
+
+def moved(pipe):
+    "A pipeline whose trained weights are no longer what they were, as after training."
+    with torch.no_grad():
+        for i, p in enumerate(p for p in pipe.unet.parameters() if p.requires_grad):
+            p.add_(.1 * torch.randn(p.shape, generator=generator(i)).to(p.dtype))
+    return pipe
+
+@pytest.fixture
+def load(tmp_path, micro):
+    "Loads the very small pipeline from its folder, in any precision, with or without a LoRA."
+    micro.save_pretrained(tmp_path / 'micro')
+    def from_folder(dtype, lora):
+        pipe = load_pipeline(tmp_path / 'micro', 'cpu', dtype)
+        return add_lora(pipe) if lora else pipe
+    return from_folder
+
+@pytest.mark.parametrize('lora', [False, True])
+@pytest.mark.parametrize('dtype', DTYPES)
+def test_one_dtype_a_pipeline(load, dtype, lora):
+    "A part in another precision; masters of a LoRA in 16 bits (pitfall 29), or gradients into the weights under it."
+    pipe = load(dtype, lora)
+    trained = {p.dtype for p in pipe.unet.parameters() if p.requires_grad}
+    parameters = [p for part in (pipe.unet, pipe.vae, pipe.text_encoder) for p in part.parameters()]
+    frozen = {p.dtype for p in parameters if not p.requires_grad}
+    assert frozen == {dtype} and trained == {torch.float32 if lora else dtype}
+    assert all(('lora' in name) == p.requires_grad for name, p in pipe.unet.named_parameters()) == lora
+
+@pytest.mark.parametrize('lora', [False, True])
+@pytest.mark.parametrize('dtype', DTYPES)
+def test_draws_in_every_precision(load, dtype, lora):
+    "On a machine that computes in 16 bits: a plain call, and the way from prompts to images, near those of 32 bits."
+    def images(pipe):
+        trajectory = sample(pipe, encode_prompts(pipe, PROMPTS), make_generators(range(len(PROMPTS))), 3, 2.)
+        assert trajectory.latents.dtype == trajectory.log_probs.dtype == torch.float32
+        with torch.no_grad(): return decode_latents(pipe, trajectory.latents[-1])
+    pipe, exact = load(dtype, lora), load(torch.float32, lora)
+    assert images(pipe).dtype == torch.float32
+    for draw in (images, picture): assert (draw(pipe) - draw(exact)).abs().mean() < .01
+
+@pytest.mark.parametrize('lora', [False, True])
+@pytest.mark.parametrize('dtype', DTYPES)
+def test_what_is_saved_draws_the_same_in_plain_diffusers(load, tmp_path, dtype, lora):
+    "transformers loads a text encoder in the precision it was saved in, diffusers a UNet in 32 bits: they do not fit."
+    pipe = moved(load(dtype, lora))
+    untrained, trained = picture(load(dtype, False)), picture(pipe)
+    save_trained(pipe, tmp_path / 'trained')
+    plain = StableDiffusionPipeline.from_pretrained(tmp_path / ('micro' if lora else 'trained'))
+    plain.set_progress_bar_config(disable=True)
+    if lora: plain.load_lora_weights(tmp_path / 'trained')
+    assert (trained - untrained).abs().mean() > .02
+    error = (picture(plain) - trained).abs()
+    assert error.max() <= 1e-5 if dtype == torch.float32 else error.mean() < .01
+    assert pipe.vae.dtype == pipe.text_encoder.dtype == dtype # saving changes nothing
+
+def test_cpu_computes_in_float32():
+    assert compute_dtype('cpu') == torch.float32
+
+@pytest.mark.parametrize('has_bf16, dtype', [(True, torch.bfloat16), (False, torch.float16)])
+def test_gpu_takes_bfloat16_where_it_computes_in_it(monkeypatch, has_bf16, dtype):
+    "Older cards say they can, and emulate."
+    supported = lambda including_emulation=True: has_bf16 or including_emulation
+    monkeypatch.setattr(torch.cuda, 'is_bf16_supported', supported)
+    assert compute_dtype('cuda') == dtype
 
 # prompts
 
@@ -70,6 +223,14 @@ def test_encoding_is_the_pipelines_own(tiny, guidance):
     text, empty = tiny.encode_prompt(PROMPTS, 'cpu', 1, guidance)
     torch.testing.assert_close(context.text, text, rtol=0, atol=1e-5)
     if guidance: torch.testing.assert_close(context.empty.expand_as(empty), empty, rtol=0, atol=1e-5)
+
+def test_textual_inversion_is_encoded_as_the_pipeline_does(micro):
+    "A learned word of several vectors would be read as one."
+    vectors = torch.randn(3, micro.text_encoder.config.hidden_size, generator=generator())
+    micro.load_textual_inversion({'<mine>': vectors})
+    text, _ = micro.encode_prompt(['a <mine> cat'], 'cpu', 1, False)
+    torch.testing.assert_close(encode_prompts(micro, ['a <mine> cat']).text, text)
+    assert len(micro.tokenizer('a <mine> cat').input_ids) == 5 # start, a, one of the three, cat, end
 
 def test_each_prompt_is_encoded_once(micro):
     "Equal prompts cost one row, and no gradient reaches the text encoder."
@@ -93,7 +254,8 @@ def test_bad_prompts(micro, prompts, error, words):
 def test_long_prompt_warns_of_what_is_cut(micro):
     "A prompt longer than the encoder reads is cut silently by the tokenizer."
     length = len(micro.tokenizer(LONG).input_ids)
-    with pytest.warns(UserWarning, match=f'reads 16 tokens, this prompt has {length}.*will not see') as caught: cut = encode_prompts(micro, [LONG, LONG, 'a cat'])
+    with pytest.warns(UserWarning, match=f'reads 16 tokens, this prompt has {length}.*will not see') as caught:
+        cut = encode_prompts(micro, [LONG, LONG, 'a cat'])
     assert len(caught) == 1
     lost = str(caught[0].message).split('not see ')[1].strip("'.")
     assert LONG.endswith(lost)
@@ -112,7 +274,8 @@ def latents(n=5): return torch.randn(n, 4, 8, 8, generator=generator())
 def test_decoding_is_the_pipelines_own(micro):
     "A wrong scale, shift or range of the images."
     raw = micro.vae.decode(latents() / micro.vae.config.scaling_factor).sample
-    torch.testing.assert_close(decode_latents(micro, latents()), micro.image_processor.postprocess(raw, output_type='pt'))
+    theirs = micro.image_processor.postprocess(raw, output_type='pt')
+    torch.testing.assert_close(decode_latents(micro, latents()), theirs)
 
 def test_pitfall_16_scaling_factor_is_read(micro):
     "A hard-coded 0.18215 decodes another VAE's latents wrongly."
@@ -123,7 +286,8 @@ def test_pitfall_16_scaling_factor_is_read(micro):
 @pytest.mark.parametrize('batch_size', [1, 2, 5, 100])
 def test_decoding_in_parts(micro, batch_size):
     "A last part that is dropped or misplaced."
-    torch.testing.assert_close(decode_latents(micro, latents(), batch_size), decode_latents(micro, latents(), 5), rtol=0, atol=1e-5)
+    whole = decode_latents(micro, latents(), 5)
+    torch.testing.assert_close(decode_latents(micro, latents(), batch_size), whole, rtol=0, atol=1e-5)
 
 def test_decoding_has_range_and_gradient(micro):
     "Images out of [0, 1], or a gradient cut off (guidance by a reward needs it)."
@@ -136,11 +300,13 @@ def test_decoding_has_range_and_gradient(micro):
 def test_pictures_keep_their_values():
     "Truncation instead of rounding, or channels in a wrong place."
     levels = torch.arange(3 * 8 * 8).view(1, 3, 8, 8) % 256
-    picture = to_pil(levels / 255)[0]
-    assert picture.size == (8, 8)
-    assert [picture.getpixel((x, y)) for y in range(8) for x in range(8)] == [tuple(p) for p in levels[0].permute(1, 2, 0).reshape(-1, 3).tolist()]
+    drawn = to_pil(levels / 255)[0]
+    assert drawn.size == (8, 8)
+    pixels = [list(drawn.getpixel((x, y))) for y in range(8) for x in range(8)]
+    assert pixels == levels[0].permute(1, 2, 0).reshape(-1, 3).tolist()
 
-@pytest.mark.parametrize('n, columns, titles, size', [(5, 2, False, (2, 3)), (5, 8, True, (5, 1)), (1, 1, True, (1, 1))])
+@pytest.mark.parametrize('n, columns, titles, size', [
+    (5, 2, False, (2, 3)), (5, 8, True, (5, 1)), (1, 1, True, (1, 1))])
 def test_contact_sheet_layout(n, columns, titles, size):
     "A row too few, or pictures over each other."
     images = torch.linspace(.1, .9, n).view(n, 1, 1, 1).expand(n, 3, 4, 4)
@@ -157,3 +323,74 @@ def test_titles_fit(width):
     title = 'a pencil sketch of a hippopotamus'
     fitted = fit_text(title, width)
     assert fitted == title if width == 1000 else fitted.endswith('…') and title.startswith(fitted[:-1])
+
+# LoRA
+
+@pytest.mark.parametrize('rank, parameters', [(4, 797_184), (8, 1_594_368), (16, 3_188_736), (32, 6_377_472)])
+def test_lora_of_stable_diffusion_has_the_known_size(rank, parameters):
+    "The sizes that published code reports for Stable Diffusion 1.x, on networks without memory."
+    with torch.device('meta'): pipe = SimpleNamespace(**sd_networks())
+    assert sum(p.numel() for p in pipe.unet.parameters()) == 859_520_964
+    add_lora(pipe, rank)
+    assert sum(p.numel() for p in pipe.unet.parameters() if p.requires_grad) == parameters
+
+def test_lora_starts_as_the_identity(micro):
+    "Sampling through a fresh LoRA draws the same latents."
+    before = sample_some(micro)[1].latents
+    assert torch.equal(sample_some(add_lora(micro))[1].latents, before) and has_lora(micro)
+
+def test_lora_is_seeded():
+    "Two processes or two runs that begin with different LoRAs."
+    a, b, c = (weights(add_lora(micro_pipeline(), seed=seed).unet) for seed in (0, 0, 1))
+    assert torch.equal(a, b) and not torch.equal(a, c)
+
+@pytest.mark.parametrize('options, words', [
+    (dict(rank=0), 'rank=0; expected at least 1'), (dict(targets=('to_x',)), "no layer named 'to_x'.*to_q")])
+def test_bad_lora(micro, options, words):
+    with pytest.raises(ValueError, match=words): add_lora(micro, **options)
+
+def test_second_lora_is_refused(micro):
+    with pytest.raises(ValueError, match='carries a LoRA already'): add_lora(add_lora(micro))
+
+def test_pitfall_32_lora_of_another_name_and_alpha_reloads(load, tmp_path):
+    "The saved file must mean the same to `load_lora_weights`: an alpha that is not the rank is part of it."
+    pipe, plain = load(torch.float32, False), load(torch.float32, False)
+    pipe.unet.requires_grad_(False)
+    config = LoraConfig(r=4, lora_alpha=8, init_lora_weights='gaussian', target_modules=TARGETS)
+    pipe.unet.add_adapter(config, adapter_name='mine')
+    trained = picture(moved(pipe))
+    plain.load_lora_weights(save_trained(pipe, tmp_path / 'lora'))
+    torch.testing.assert_close(picture(plain), trained, rtol=0, atol=1e-5)
+
+# memory savers
+
+def test_slicing_changes_nothing(micro):
+    before = picture(micro)
+    save_memory(micro, vae_slicing=True, attention_slicing=True)
+    assert micro.vae.use_slicing
+    torch.testing.assert_close(picture(micro), before, rtol=0, atol=1e-5)
+
+def saved_bytes(pipe):
+    "The gradient of one pass, and the bytes that autograd keeps for it."
+    kept = []
+    def keep(tensor):
+        kept.append(tensor.numel() * tensor.element_size())
+        return tensor
+    pipe.unet.train().zero_grad()
+    context = encode_prompts(pipe, PROMPTS)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        pipe.unet(latents(), 500, context.text).sample.pow(2).sum().backward()
+    return torch.cat([p.grad.flatten() for p in pipe.unet.parameters()]), sum(kept)
+
+def test_gradient_checkpointing_keeps_less_and_changes_nothing(micro):
+    plain, much = saved_bytes(micro)
+    thrifty, little = saved_bytes(save_memory(micro, gradient_checkpointing=True))
+    torch.testing.assert_close(thrifty, plain, rtol=1e-4, atol=1e-6)
+    assert little < .7 * much, (little, much)
+
+def test_nothing_is_switched_on_by_default(micro):
+    "Each saver has a price."
+    processors = {type(p) for p in micro.unet.attn_processors.values()}
+    save_memory(micro)
+    assert not micro.vae.use_slicing and not micro.unet.is_gradient_checkpointing
+    assert {type(p) for p in micro.unet.attn_processors.values()} == processors

@@ -1,4 +1,5 @@
 """The losses, against autograd and the analytic gradient of a Gaussian"""
+import numpy as np
 import pytest
 import torch
 from torch.distributions import Normal
@@ -22,24 +23,26 @@ def test_reinforce_gradient_is_minus_advantage():
 
 def test_first_ppo_gradient_is_reinforces():
     "On fresh samples the ratio is 1: a ratio upside down or an advantage lost shows here."
-    ppo = gradient_at(OLD, lambda lp: ppo_loss(lp, OLD, ADVANTAGES)[0])
+    ppo = gradient_at(OLD, lambda lp: ppo_loss(lp, OLD, ADVANTAGES, clip_range=.1)[0])
     torch.testing.assert_close(ppo, gradient_at(OLD, lambda lp: reinforce_loss(lp, ADVANTAGES)))
 
 def test_ratio_weights_the_gradient():
     "Off policy the gradient is the ratio times REINFORCE's (autograd oracle, clip far away)."
     new = OLD + torch.tensor([.3, -.2, .1, 0.])
-    torch.testing.assert_close(gradient_at(new, lambda lp: ppo_loss(lp, OLD, ADVANTAGES, clip_range=9.)[0]), -ADVANTAGES * (new - OLD).exp() / 4)
+    ours = gradient_at(new, lambda lp: ppo_loss(lp, OLD, ADVANTAGES, clip_range=9.)[0])
+    torch.testing.assert_close(ours, -ADVANTAGES * (new - OLD).exp() / 4)
 
 def test_nothing_flows_into_the_past():
     "A gradient through the old log-probs cancels the new one; one through advantages trains the wrong thing."
     old, advantages, new = (x.clone().requires_grad_() for x in (OLD, ADVANTAGES, OLD))
-    (ppo_loss(new, old, advantages)[0] + reinforce_loss(new, advantages)).backward()
+    (ppo_loss(new, old, advantages, .1)[0] + reinforce_loss(new, advantages)).backward()
     assert old.grad is None and advantages.grad is None and new.grad.abs().sum() > 0
 
 @pytest.mark.parametrize('behaviour', [.3, .8], ids=['on policy', 'off policy'])
 @pytest.mark.parametrize('name', ['mean', 'log_std'])
 def test_gaussian_gradient_within_its_standard_error(behaviour, name):
-    "E[-(x-2)^2] under N(m, s) has a known gradient: -2(m-2) for m, -2s^2 for log s. The estimate must agree within 4 standard errors."
+    """E[-(x-2)^2] under N(m, s) has a known gradient: -2(m-2) for m, -2s^2 for log s.
+    The estimate must lie within 4 standard errors."""
     n, mean, log_std = 200_000, torch.tensor(.3, requires_grad=True), torch.tensor(-.1, requires_grad=True)
     wanted = dict(mean=-2 * (mean - 2), log_std=-2 * (2 * log_std).exp())[name].item()
     sampler = Normal(torch.tensor(behaviour), log_std.detach().exp())
@@ -65,7 +68,8 @@ def test_gaussian_gradient_within_its_standard_error(behaviour, name):
     (-1., 1.5, 1.5, True), # worse, yet likelier: push away
     (1., 1.1, -1.1, True), (-1., .9, .9, True), (2., 1.5, -2.4, False)])
 def test_pitfall_23_clip(advantage, ratio, loss, flows):
-    "The gradient is zero only for A > 0, r > 1 + eps and A < 0, r < 1 - eps: a minimum for the maximum, or a plain clamp, fails here."
+    """The gradient is zero only for A > 0, r > 1 + eps and A < 0, r < 1 - eps.
+    A minimum for the maximum, or a plain clamp, fails here."""
     r = torch.tensor([ratio], requires_grad=True)
     out = clipped_surrogate(r, torch.tensor([advantage]), .2)
     assert out.item() == pytest.approx(loss)
@@ -73,19 +77,25 @@ def test_pitfall_23_clip(advantage, ratio, loss, flows):
 
 def test_advantages_are_clipped():
     "One outlier would rule the update."
-    loss = lambda a, top: ppo_loss(OLD, OLD, torch.tensor(a), adv_clip_max=top)[0]
+    def loss(a, top): return ppo_loss(OLD, OLD, torch.tensor(a), .1, adv_clip_max=top)[0]
     assert loss([50., -30., 1., 0.], 5.) == loss([5., -5., 1., 0.], 100.) != loss([50., -30., 1., 0.], 100.)
 
 def test_pitfall_22_mean_over_pairs():
     "A sum over timesteps makes the gradient T times longer, and the norm's clip T times harsher."
-    many = ppo_loss(OLD.repeat(10), OLD.repeat(10), ADVANTAGES.repeat(10))[0]
-    torch.testing.assert_close(many, ppo_loss(OLD, OLD, ADVANTAGES)[0])
+    many = ppo_loss(OLD.repeat(10), OLD.repeat(10), ADVANTAGES.repeat(10), .1)[0]
+    torch.testing.assert_close(many, ppo_loss(OLD, OLD, ADVANTAGES, .1)[0])
+
+def test_advantages_as_the_tracker_returns_them():
+    "A float64 array is taken as it is, and does not turn the loss into float64."
+    loss = ppo_loss(OLD, OLD - .01, ADVANTAGES.double().numpy(), .1)[0]
+    assert loss.dtype == torch.float32 and loss == ppo_loss(OLD, OLD - .01, ADVANTAGES, .1)[0]
+    with pytest.raises(ValueError, match=r"one length.*'advantages': \(2,\)"): ppo_loss(OLD, OLD, np.zeros(2), .1)
 
 # diagnostics
 
 def test_untouched_policy():
     "The first look at a fresh batch: ratio 1, nothing clipped, no distance."
-    stats = ppo_loss(OLD, OLD, ADVANTAGES)[1]
+    stats = ppo_loss(OLD, OLD, ADVANTAGES, 1e-4)[1]
     assert {k: v.item() for k, v in stats.items()} == dict(approx_kl=0, clipfrac=0, ratio=1)
 
 def test_pitfall_26_kl_averages_squares():
@@ -116,14 +126,16 @@ def test_clipfrac_counts_both_sides():
 def test_diagnostics_are_detached():
     "Kept statistics must not keep the graph."
     leaf = OLD.clone().requires_grad_()
-    assert not any(v.requires_grad for v in ppo_loss(leaf, OLD, ADVANTAGES)[1].values())
+    assert not any(v.requires_grad for v in ppo_loss(leaf, OLD, ADVANTAGES, .1)[1].values())
 
 # shapes
 
-@pytest.mark.parametrize('shapes', [((4, 1), (4,), (4,)), ((4,), (4, 1), (4,)), ((4,), (4,), (4, 1)), ((4,), (4,), (1,)), ((), (), ()), ((2, 4),) * 3])
+@pytest.mark.parametrize('shapes', [
+    ((4, 1), (4,), (4,)), ((4,), (4, 1), (4,)), ((4,), (4,), (4, 1)), ((4,), (4,), (1,)), ((), (), ()), ((2, 4),) * 3])
 def test_shapes_that_would_broadcast(shapes):
     "(4, 1) against (4,) makes 16 ratios, and trains on nonsense."
     new, old, advantages = (torch.zeros(s) for s in shapes)
-    with pytest.raises(ValueError, match=r'\(N,\) tensors of one length.*log_probs.*advantages'): ppo_loss(new, old, advantages)
+    with pytest.raises(ValueError, match=r'\(N,\) tensors of one length.*log_probs.*advantages'):
+        ppo_loss(new, old, advantages, .1)
     if shapes[0] != shapes[2]:
         with pytest.raises(ValueError, match=r'\(N,\) tensors of one length'): reinforce_loss(new, advantages)

@@ -1,14 +1,19 @@
 """README.md's commands and code are what they say: parsed from the file, and run."""
 import re
 import shlex
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
+from ddpo_tutorial.configs import Config, read_command, shipped_configs, write_config
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / 'README.md').read_text(encoding='utf-8')
 BLOCKS = re.findall(r'```(\w+)\n(.*?)```', README, re.S)
-COMMANDS = [line for kind, text in BLOCKS if kind == 'bash' for line in text.splitlines() if line.strip() and not line.startswith('#')]
+LINES = [line for kind, text in BLOCKS if kind == 'bash' for line in text.splitlines()]
+COMMANDS = [line for line in LINES if line.strip() and not line.startswith('#')]
+RUNS = [shlex.split(command.split('ddpo_train', 1)[1]) for command in COMMANDS if 'bin/ddpo_train' in command]
 
 
 def test_first_command_sets_up_and_runs_the_main_job():
@@ -21,20 +26,40 @@ def test_one_command_sets_up_and_runs_the_tests():
     assert tests == ["python3 -m venv .venv && .venv/bin/pip install -q -e '.[dev]' && .venv/bin/python -m pytest"]
 
 
-def test_every_option_in_the_readme_exists():
-    from dataclasses import fields
-    from ddpo_tutorial.configs import RunConfig
-    known = {f'--{f.name}'.replace('_', '-') for f in fields(RunConfig)} | {'--help', '--config', '--resume', '--dry-run'}
-    used = [w for c in COMMANDS for part in [c.split('ddpo_train', 1)] if len(part) == 2 for w in shlex.split(part[1]) if w.startswith('--')]
-    assert {w.replace('_', '-') for w in used} <= known
+def test_every_option_in_the_text_exists():
+    """In backticks between the words, where no command is read."""
+    known = {f.name for f in fields(Config)} | {'config', 'resume', 'dry_run', 'debug', 'help'}
+    text = re.sub(r'```.*?```', '', README, flags=re.S)
+    used = re.findall(r'--([\w-]+)', ' '.join(code for code in re.findall(r'`([^`]+)`', text) if 'pytest' not in code))
+    assert {name.replace('-', '_') for name in used} - {'slow'} <= known
 
 
-def test_python_block_runs(monkeypatch):
+@pytest.mark.parametrize('args', RUNS, ids=' '.join)
+def test_every_command_is_understood(args, tmp_path, monkeypatch):
+    """Its options exist and its values are valid. The files it names are made first."""
+    monkeypatch.chdir(tmp_path)
+    for option, value in zip(args, args[1:]):
+        if option == '--config' and value not in shipped_configs(): write_config(Config(), tmp_path / value)
+        if option == '--resume':
+            (tmp_path / value).mkdir(parents=True)
+            write_config(Config(), tmp_path / value / 'config.yaml')
+    if '--help' in args:
+        with pytest.raises(SystemExit) as stop: read_command(args)
+        assert stop.value.code == 0
+    else: read_command(args)
+
+
+def test_configurations_are_all_listed():
+    for name in shipped_configs(): assert f'`{name}`' in README
+
+
+def test_python_block_runs(tmp_path, monkeypatch):
     """The ten lines of the API, with fewer epochs."""
+    monkeypatch.chdir(tmp_path)
     code = [text for kind, text in BLOCKS if kind == 'python'][0]
     assert code.count('num_epochs=') == 1
-    space = {}
-    exec(re.sub(r'num_epochs=\d+', 'num_epochs=1, samples_per_epoch=4, num_inference_steps=2', code), space)
+    space, fewer = {}, 'num_epochs=1, samples_per_epoch=4, num_inference_steps=2'
+    exec(re.sub(r'num_epochs=\d+', fewer, code), space)
     assert len(space['rows']) == 1 and space['rows'][0]['reward_mean'] > 0
 
 

@@ -10,12 +10,13 @@ from torch import nn
 from torch.distributions import Normal
 
 from ddpo_tutorial.pipelines import encode_prompts
-from ddpo_tutorial.sampling import (check_scheduler, clean_and_noise, gaussian_log_prob, make_schedule, per_sample, predict, sample,
-    step_mean)
-from helpers import (PREDICTION_TYPES, PROMPTS, SD_SCHEDULE, all_pairs, calls_of, generator, gradients, micro_pipeline, rescore_all, sample_some,
-    set_scheduler)
+from ddpo_tutorial.sampling import (check_scheduler, clean_and_noise, gaussian_log_prob, make_generators, make_schedule,
+                                    per_sample, predict, sample, step_mean)
+from helpers import (PREDICTION_TYPES, PROMPTS, SD_SCHEDULE, all_pairs, calls_of, generator, gradients, micro_pipeline,
+                     rescore_all, sample_some, set_scheduler)
 
-SETTINGS = [dict(), dict(set_alpha_to_one=True), dict(steps_offset=0), dict(set_alpha_to_one=True, steps_offset=0), dict(timestep_spacing='trailing')]
+SETTINGS = [dict(), dict(set_alpha_to_one=True), dict(steps_offset=0), dict(set_alpha_to_one=True, steps_offset=0),
+            dict(timestep_spacing='trailing')]
 SETTING_NAMES = ['sd', 'alpha to one', 'no offset', 'ends in std 0', 'trailing']
 
 def ddim(**changes): return DDIMScheduler(**SD_SCHEDULE | changes)
@@ -34,8 +35,8 @@ def test_pitfall_02_std_is_diffusers(settings, eta, num_steps):
     scheduler.set_timesteps(num_steps)
     assert torch.equal(schedule.timesteps, scheduler.timesteps)
     previous = scheduler.timesteps - 1000 // num_steps
-    wanted = torch.stack([eta * scheduler._get_variance(t, p).clamp(min=0)**.5 for t, p in zip(scheduler.timesteps, previous)])
-    torch.testing.assert_close(schedule.std, wanted, rtol=1e-4, atol=1e-6)
+    variances = [scheduler._get_variance(t, p).clamp(min=0) for t, p in zip(scheduler.timesteps, previous)]
+    torch.testing.assert_close(schedule.std, eta * torch.stack(variances).sqrt(), rtol=1e-4, atol=1e-6)
     if settings.get('set_alpha_to_one'):
         clamped = scheduler.alphas_cumprod[previous.clamp(min=0)] # the fault
         assert (schedule.alpha_prev - clamped)[-1] > 1e-4
@@ -68,12 +69,15 @@ def test_clean_and_noise_mix_to_x(prediction_type):
 
 def test_pitfall_09_steps_of_many_timesteps():
     "A batch of different timesteps: each sample must get its own coefficients."
-    schedule, x, output, steps = make_schedule(ddim(), 5), noise(4, 4, 8, 8), noise(4, 4, 8, 8, seed=1), torch.tensor([3, 0, 4, 3])
+    schedule, steps = make_schedule(ddim(), 5), torch.tensor([3, 0, 4, 3])
+    x, output = noise(4, 4, 8, 8), noise(4, 4, 8, 8, seed=1)
     together = step_mean(schedule, steps, x, output)
     alone = torch.cat([step_mean(schedule, int(s), x[i:i + 1], output[i:i + 1]) for i, s in enumerate(steps)])
     torch.testing.assert_close(together, alone, rtol=0, atol=0)
+    scheduler = ddim()
+    scheduler.set_timesteps(5)
     with pytest.raises(Exception): # the fault: diffusers' step takes one timestep
-        scheduler = ddim(); scheduler.set_timesteps(5); scheduler.step(output, scheduler.timesteps[steps], x)
+        scheduler.step(output, scheduler.timesteps[steps], x)
 
 def test_per_sample_shapes():
     "(N,) times (N, C, H, W) would broadcast along the width."
@@ -83,29 +87,34 @@ def test_per_sample_shapes():
 
 # the sampler, against diffusers' own pipeline
 
+def by_diffusers(pipe, prompts, num_steps, guidance_scale, eta, **more):
+    "The latents that diffusers' own pipeline makes."
+    return pipe(prompts, num_inference_steps=num_steps, guidance_scale=guidance_scale, eta=eta, output_type='latent',
+                **more).images
+
 @pytest.mark.parametrize('guidance_scale', [1., 3.])
 @pytest.mark.parametrize('eta', [0., 1.])
 @pytest.mark.parametrize('prediction_type', PREDICTION_TYPES)
 def test_same_noise_is_diffusers_own_ddim(micro, prediction_type, eta, guidance_scale):
-    "The whole chain: prompts, guidance, order of the noise, last step."
+    "The whole chain: first noise, prompts, guidance, order of the noise, last step."
     set_scheduler(micro, prediction_type=prediction_type)
-    first = noise(len(PROMPTS), 4, 8, 8)
-    ours = sample(micro, encode_prompts(micro, PROMPTS), generator(1), 7, guidance_scale, eta, first).latents[-1]
-    theirs = micro(PROMPTS, num_inference_steps=7, guidance_scale=guidance_scale, eta=eta, latents=first, generator=generator(1), output_type='latent').images
+    ours = sample(micro, encode_prompts(micro, PROMPTS), make_generators(range(5)), 7, guidance_scale, eta).latents[-1]
+    theirs = by_diffusers(micro, PROMPTS, 7, guidance_scale, eta, generator=make_generators(range(5)))
     torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3 * theirs.abs().max().item())
 
 def test_shipped_model_samples_like_diffusers(tiny):
-    "The same on the model of the package."
-    first = noise(2, 4, 16, 16)
-    ours = sample(tiny, encode_prompts(tiny, PROMPTS[:2]), generator(1), 4, 3., 1., first).latents[-1]
-    theirs = tiny(PROMPTS[:2], num_inference_steps=4, guidance_scale=3., eta=1., latents=first, generator=generator(1), output_type='latent').images
+    "The same on the model of the package, with the first noise given."
+    first, context = noise(2, 4, 16, 16), encode_prompts(tiny, PROMPTS[:2])
+    ours = sample(tiny, context, make_generators(range(2), seed=1), 4, 3., 1., first).latents[-1]
+    theirs = by_diffusers(tiny, PROMPTS[:2], 4, 3., 1., latents=first, generator=make_generators(range(2), seed=1))
     torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
 
 def test_trajectory_holds_the_whole_path(micro):
     "Shapes, precision, the given noise first, no gradient kept."
     context, first = encode_prompts(micro, PROMPTS), noise(5, 4, 8, 8)
-    trajectory = sample(micro, context, generator(), 3, latents=first)
-    assert trajectory.latents.shape == (4, 5, 4, 8, 8) and trajectory.log_probs.shape == (3, 5) and trajectory.timesteps.tolist() == [667, 334, 1]
+    trajectory = sample(micro, context, make_generators(range(5)), 3, 2., latents=first)
+    assert trajectory.latents.shape == (4, 5, 4, 8, 8) and trajectory.log_probs.shape == (3, 5)
+    assert trajectory.timesteps.tolist() == [667, 334, 1]
     assert torch.equal(trajectory.latents[0], first)
     assert {x.dtype for x in (trajectory.latents, trajectory.log_probs)} == {torch.float32}
     assert not trajectory.latents.requires_grad and not trajectory.log_probs.requires_grad
@@ -127,8 +136,45 @@ def test_noise_is_standard_normal(micro):
 def test_eta_zero_is_deterministic(micro):
     "Without noise there is nothing to score, and the generator does not matter after the first noise."
     first, context = noise(5, 4, 8, 8), encode_prompts(micro, PROMPTS)
-    a, b = (sample(micro, context, generator(seed), 4, 2., 0., first) for seed in (0, 1))
+    a, b = (sample(micro, context, make_generators(range(5), seed), 4, 2., 0., first) for seed in (0, 1))
     assert torch.equal(a.latents, b.latents) and a.log_probs is None
+
+# a picture is a function of (seed, epoch, its number)
+
+def latents_of(pipe, numbers, num_steps=3, seed=0, epoch=0):
+    "The trajectory's latents of some numbers; a number has its prompt, too."
+    context = encode_prompts(pipe, [PROMPTS[n] for n in numbers])
+    return sample(pipe, context, make_generators(numbers, seed, epoch), num_steps, 2.).latents
+
+@pytest.mark.parametrize('name', ['micro', 'tiny'])
+@pytest.mark.parametrize('numbers', [[3], [4, 2, 0, 1, 3], [1, 1, 3, 1]],
+                         ids=['alone', 'another order', 'other neighbours'])
+def test_a_picture_does_not_know_its_neighbours(request, name, numbers):
+    "One generator for a batch: another batch size, another order, and every picture is another one."
+    pipe = request.getfixturevalue(name)
+    together = latents_of(pipe, range(5))
+    torch.testing.assert_close(latents_of(pipe, numbers), together[:, numbers], rtol=0, atol=1e-5)
+    assert (together[:, 0] - together[:, 2]).abs().max() > .1 # one prompt, two numbers
+
+def test_every_number_has_noise_of_its_own():
+    "Seed, epoch and number added up or run together: (0, 1, 0) and (0, 0, 1) would share their noise; zeros lost, too."
+    triples = [(seed, epoch, n) for seed in (0, 1, 2**32) for epoch in (0, 1, 10) for n in (0, 1, 10, 100)]
+    drawn = {triple: torch.randn(8, generator=make_generators([triple[2]], *triple[:2])[0]) for triple in triples}
+    assert len({tuple(x.tolist()) for x in drawn.values()}) == len(triples)
+    again, = make_generators(np.array([100]), seed=2**32, epoch=10)
+    assert torch.equal(torch.randn(8, generator=again), drawn[2**32, 10, 100])
+
+@pytest.mark.parametrize('generators', [make_generators(range(4)), make_generators(range(6)), generator(), None, []],
+                         ids=['too few', 'too many', 'bare', 'none', 'empty'])
+def test_wrong_generators(micro, generators):
+    "A bare generator would be shared by the batch, and too few of them raise something unreadable in diffusers."
+    with pytest.raises(ValueError, match=r'generators is .*; expected a list of 5, one a prompt: make_generators'):
+        sample(micro, encode_prompts(micro, PROMPTS), generators, 2, 2.)
+
+def test_first_noise_of_another_shape(micro):
+    "Noise for four pictures beside five prompts."
+    with pytest.raises(ValueError, match=r'latents has shape \(4, 4, 8, 8\); expected \(5, 4, 8, 8\)'):
+        sample(micro, encode_prompts(micro, PROMPTS), make_generators(range(5)), 2, 2., latents=noise(4, 4, 8, 8))
 
 # log-probabilities
 
@@ -146,12 +192,13 @@ def test_pitfall_01_mean_over_latent_dimensions():
     x, mean = one
     big_x, big_mean = x.repeat(1, 1, 4, 4), mean.repeat(1, 1, 4, 4)
     torch.testing.assert_close(gaussian_log_prob(big_x, big_mean, std), gaussian_log_prob(x, mean, std))
-    total = lambda a, b: Normal(b, std).log_prob(a).sum((1, 2, 3)) # the fault
+    def total(a, b): return Normal(b, std).log_prob(a).sum((1, 2, 3)) # the fault
     assert (total(big_x, big_mean) / total(x, mean) > 15).all()
     assert ((total(big_x, big_mean + 1) - total(big_x, big_mean)).exp() == 0).any()
 
 def test_pitfall_03_last_step_without_noise(micro):
-    "A std of 0 gives infinite log-probs, or explosive ones where it is clamped: a deterministic step has log-prob 0 and no gradient."
+    """A std of 0 gives infinite log-probs, or explosive ones where it is clamped.
+    A deterministic step has log-prob 0 and no gradient."""
     set_scheduler(micro, steps_offset=0, set_alpha_to_one=True)
     context, trajectory, schedule = sample_some(micro)
     assert schedule.std[-1] == 0 and (schedule.std[:-1] > 0).all()
@@ -190,7 +237,8 @@ def test_rescoring_notices(micro, fault):
     if fault == 'guidance': guidance_scale = 3.
     if fault == 'eta': schedule = make_schedule(micro.scheduler, 4, .5)
     if fault == 'prompts': context = context._replace(text=context.text.roll(1, 0))
-    if fault == 'next latents': trajectory = trajectory._replace(latents=torch.cat([trajectory.latents[:1], trajectory.latents[1:].roll(1, 1)]))
+    if fault == 'next latents':
+        trajectory.latents[1:] = trajectory.latents[1:].roll(1, 1)
     if fault == 'weights': micro.unet.conv_out.bias.data += .01
     with torch.no_grad(): again = rescore_all(micro, context, trajectory, schedule, guidance_scale)
     assert (again.view(4, 5) - trajectory.log_probs).abs().max() > 1e-4
@@ -206,17 +254,20 @@ def test_pitfall_24_one_permutation_for_all(micro):
     assert (mixed - trajectory.log_probs[step, row]).abs().max() > .01
 
 def test_pitfall_07_stored_latents_are_not_rounded(micro):
-    "Scoring the float32 sample and storing it in half precision moves the ratio at the last step beyond the clip range."
+    "Scoring the float32 sample and storing it in half precision moves the last step's ratio beyond the clip range."
     context, trajectory, schedule = sample_some(micro)
-    rounded = trajectory._replace(latents=torch.from_numpy(trajectory.latents.numpy().astype(np.float16).astype(np.float32)))
-    with torch.no_grad(): away = [(rescore_all(micro, context, t, schedule, 2.).view(4, 5) - t.log_probs)[-1].exp().sub(1).abs().mean() for t in (trajectory, rounded)]
-    assert away[0] < 1e-5 and away[1] > 1e-4
+    rounded = trajectory._replace(latents=trajectory.latents.half().float())
+    with torch.no_grad():
+        exact, coarse = (rescore_all(micro, context, t, schedule, 2.).view(4, 5)[-1] for t in (trajectory, rounded))
+    def away(log_probs): return (log_probs - trajectory.log_probs[-1]).exp().sub(1).abs().mean()
+    assert away(exact) < 1e-5 and away(coarse) > 1e-4
 
 def test_pitfall_11_dropout(micro):
     "A UNet in training mode rescores what another network sampled."
     pipe = micro_pipeline(dropout=.2)
     context, trajectory, schedule = sample_some(pipe)
-    away = lambda: (rescore_all(pipe, context, trajectory, schedule, 2.).view(4, 5) - trajectory.log_probs).abs().max().item()
+    def away():
+        return (rescore_all(pipe, context, trajectory, schedule, 2.).view(4, 5) - trajectory.log_probs).abs().max()
     assert away() < 5e-6
     pipe.unet.train() # the fault
     assert away() > 1e-3
@@ -232,7 +283,8 @@ def test_rescored_gradient_is_autograds(micro, guidance_scale):
     for i, t in enumerate(micro.scheduler.timesteps):
         x, nxt = trajectory.latents[i:i + 2]
         cond, uncond = (micro.unet(x, t, c).sample for c in (context.text, context.empty.repeat(5, 1, 1)))
-        mean = micro.scheduler.step(uncond + guidance_scale * (cond - uncond), t, x, eta=1., variance_noise=torch.zeros_like(x)).prev_sample
+        output, silence = uncond + guidance_scale * (cond - uncond), torch.zeros_like(x)
+        mean = micro.scheduler.step(output, t, x, eta=1., variance_noise=silence).prev_sample
         Normal(mean, schedule.std[i]).log_prob(nxt).mean((1, 2, 3)).sum().backward()
     torch.testing.assert_close(ours, gradients(micro.unet), rtol=0, atol=1e-3 * ours.abs().max().item())
 
@@ -244,7 +296,8 @@ class TextUNet(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.tensor(2.))
 
-    def forward(self, x, t, text): return SimpleNamespace(sample=self.weight * text.mean((1, 2)).view(-1, 1, 1, 1).expand_as(x))
+    def forward(self, x, t, text):
+        return SimpleNamespace(sample=self.weight * text.mean((1, 2)).view(-1, 1, 1, 1).expand_as(x))
 
 @pytest.mark.parametrize('scale, value, gradient', [(0., 6., 3.), (1., 6., 3.), (2., 10., 5.), (5., 22., 11.)])
 def test_pitfall_10_guidance_and_its_gradient(scale, value, gradient):
@@ -276,17 +329,23 @@ def test_pitfall_10_no_guidance_costs_no_second_pass(micro, guidance_scale, rows
 def test_pitfall_06_schedulers_that_are_not_supported(micro, scheduler, error, words):
     "Never silently wrong: refused where the schedule is made, and so in sampling too."
     micro.scheduler = scheduler
-    for function in (check_scheduler, make_schedule, lambda s: sample(micro, encode_prompts(micro, ['a cat']), generator(), 2)):
-        with pytest.raises(error, match=words): function(scheduler)
+    context, generators = encode_prompts(micro, ['a cat']), make_generators([0])
+    with pytest.raises(error, match=words): check_scheduler(scheduler)
+    with pytest.raises(error, match=words): make_schedule(scheduler, 2)
+    with pytest.raises(error, match=words): sample(micro, context, generators, 2, 2.)
 
-@pytest.mark.parametrize('changes, words', [
-    (dict(num_inference_steps=0), 'num_inference_steps=0; expected a whole number from 1 to'), (dict(num_inference_steps=1001), 'num_inference_steps=1001; expected a whole number from 1 to'),
-    (dict(num_inference_steps=1000), 'num_inference_steps=1000'), (dict(eta=-.1), 'eta=-0.1; expected 0'), (dict(eta=float('nan')), 'eta=nan'), (dict(eta=float('inf')), 'eta=inf')])
-def test_bad_settings(changes, words):
-    "Numbers that make an empty chain, an index beyond the schedule, or NaN (1,000 steps with steps_offset=1 would start at timestep 1,000)."
-    with pytest.raises(ValueError, match=words): make_schedule(ddim(), **changes)
+@pytest.mark.parametrize('num_steps, eta, words', [
+    (0, 1., 'num_inference_steps=0; expected a whole number from 1 to'),
+    (1001, 1., 'num_inference_steps=1001; expected a whole number from 1 to'),
+    (1000, 1., 'num_inference_steps=1000 with steps_offset=1 starts at timestep 1000'),
+    (5, -.1, 'eta=-0.1; expected 0'), (5, float('nan'), 'eta=nan'), (5, float('inf'), 'eta=inf')])
+def test_bad_settings(num_steps, eta, words):
+    "Numbers that make an empty chain, an index beyond the schedule, or NaN."
+    with pytest.raises(ValueError, match=words): make_schedule(ddim(), num_steps, eta)
 
 def test_pitfall_06_eta_zero_has_no_log_prob(micro):
     "Training without noise: an error, not a division by zero."
     context, trajectory, _ = sample_some(micro)
-    with pytest.raises(ValueError, match='eta=0.*no log-probability.*eta > 0'): rescore_all(micro, context, trajectory, make_schedule(micro.scheduler, 4, 0.), 2.)
+    schedule = make_schedule(micro.scheduler, 4, 0.)
+    with pytest.raises(ValueError, match='eta=0.*no log-probability.*eta > 0'):
+        rescore_all(micro, context, trajectory, schedule, 2.)

@@ -9,20 +9,22 @@ import torch
 from torch import nn
 from torch.distributions import Normal
 
-import ddpo_tutorial.training as training
 from ddpo_tutorial.advantages import PerPromptStatTracker
-from ddpo_tutorial.pipelines import decode_latents
-from ddpo_tutorial.prompts import fill_template, simple_animals
-from ddpo_tutorial.rewards import tiny_aesthetic
+from ddpo_tutorial.configs import Config
+from ddpo_tutorial.pipelines import add_lora, decode_latents
+from ddpo_tutorial.prompts import draw_prompts, fill_template, simple_animals
+from ddpo_tutorial.rewards import WeightedSum, jpeg_incompressibility, tiny_aesthetic
 from ddpo_tutorial.sampling import make_schedule
-from ddpo_tutorial.training import TrainConfig, accumulate, collect, evaluate, join, make_optimizer, shuffled_pairs, train, update
-from helpers import PREDICTION_TYPES, PROMPTS, all_pairs, brightness, calls_of, generator, gradients, micro_pipeline, set_scheduler, trainable_copy, weights
+from ddpo_tutorial.training import accumulate, collect, epoch_rng, evaluate, join, new_state, plan_updates, train, update
+from helpers import (PREDICTION_TYPES, PROMPTS, all_pairs, brightness, calls_of, generator, gradients, micro_pipeline, set_scheduler,
+    trainable_copy, weights)
 
-SMALL = TrainConfig(num_epochs=2, samples_per_epoch=5, sample_batch_size=2, num_inference_steps=3, updates_per_epoch=3, minibatch_size=4, learning_rate=1e-3,
-    buffer_size=8, min_count=2)
+SMALL = Config(num_epochs=2, samples_per_epoch=5, sample_batch_size=2, num_inference_steps=3, updates_per_epoch=3, minibatch_size=4,
+    learning_rate=1e-3, buffer_size=8, min_count=2)
 ADVANTAGES = torch.tensor([1., -2., .5, .3, -.1])
+OFF = torch.amp.GradScaler('cpu', enabled=False)
 
-def epoch_of(pipe, config=SMALL, prompts=PROMPTS, seed=0): return collect(config, pipe, brightness, prompts, generator(seed))
+def epoch_of(pipe, config=SMALL, prompts=PROMPTS): return collect(config, pipe, brightness, prompts, list(range(len(prompts))))
 
 def schedule_of(pipe, config=SMALL): return make_schedule(pipe.scheduler, config.num_inference_steps, config.eta)
 
@@ -33,25 +35,53 @@ def run(config=SMALL, pipe=None, reward=brightness, **kwargs):
     pipe = pipe or micro_pipeline()
     return without_time(train(config, pipe, reward, PROMPTS, **kwargs)), pipe
 
-# the config
-
-@pytest.mark.parametrize('name, value, words', [
-    *[(name, value, 'a whole number of at least 1') for name in ('num_epochs', 'samples_per_epoch', 'sample_batch_size', 'num_inner_epochs', 'updates_per_epoch', 'minibatch_size') for value in (0, 2.5)],
-    *[(name, value, 'a number above 0') for name in ('eta', 'learning_rate', 'max_grad_norm', 'clip_range', 'adv_clip_max') for value in (0., -1., float('nan'))],
-    ('num_inference_steps', 0, 'from 1 to 1000'), ('num_inference_steps', 2.5, 'from 1 to 1000'), ('num_inference_steps', 1001, 'from 1 to 1000'), ('updates_per_epoch', 6, 'more than samples_per_epoch=5'), ('min_count', 9, 'more than buffer_size=8')])
-def test_bad_config(micro, name, value, words):
-    "A setting that makes no sense: named with its value, before anything is sampled or changed."
-    before, calls = weights(micro.unet), calls_of(micro.unet)
-    with pytest.raises(ValueError, match=f'{name}={value}.*{words}'): train(replace(SMALL, **{name: value}), micro, brightness, PROMPTS)
-    assert torch.equal(before, weights(micro.unet)) and not calls
+def sgd(config, pipe, lr):
+    "A state whose optimizer takes plain steps, so that a step shows its gradient."
+    state = new_state(config, pipe)
+    state.optimizer = torch.optim.SGD([p for p in pipe.unet.parameters() if p.requires_grad], lr=lr)
+    return state
 
 def test_sizes():
     "The arithmetic of batch sizes, for numbers that do not divide."
-    sizes = TrainConfig(num_epochs=4, samples_per_epoch=10, num_inference_steps=6, num_inner_epochs=2, updates_per_epoch=4).sizes()
+    sizes = Config(num_epochs=4, samples_per_epoch=10, num_inference_steps=6, num_inner_epochs=2, updates_per_epoch=4).sizes()
     assert sizes == dict(images=40, updates=32, pairs_per_epoch=60, samples_per_update=2.5, pairs_per_update=15)
 
-# collecting
+# a picture is a function of seed, epoch, number and the weights
 
+@pytest.mark.parametrize('pictures', [16, pytest.param(64, marks=pytest.mark.slow)])
+def test_evaluate_does_not_depend_on_the_batch_size(tiny, pictures, capsys):
+    """The shipped model, in batches of 1, 4 and all: the noise of a picture must not come from its neighbours'. What is left is
+    rounding, which ten guided steps make larger: most pixels stay within 1e-5, a few of 64 pictures reach 2e-5."""
+    prompts, reward = (fill_template(simple_animals()) * 2)[:pictures], tiny_aesthetic()
+    one, four, whole = (evaluate(Config(sample_batch_size=n), tiny, reward, prompts) for n in (1, 4, pictures))
+    for other in (one, four):
+        off = (other.images - whole.images).abs()
+        with capsys.disabled(): print(f' pixels {off.max():.1e}, scores {(other.rewards - whole.rewards).abs().max():.1e}', end='')
+        assert off.max() < 5e-5 and (off > 1e-5).float().mean() < 1e-4
+        torch.testing.assert_close(other.rewards, whole.rewards, rtol=0, atol=1e-5)
+
+@pytest.mark.parametrize('numbers', [[3], [1, 3], [3, 1, 0]])
+def test_a_picture_does_not_depend_on_what_is_sampled_beside_it(micro, numbers):
+    whole = epoch_of(micro)
+    some = collect(SMALL, micro, brightness, [PROMPTS[n] for n in numbers], numbers)
+    torch.testing.assert_close(some.images, whole.images[numbers], rtol=0, atol=1e-5)
+    torch.testing.assert_close(some.trajectory.latents, whole.trajectory.latents[:, numbers], rtol=0, atol=1e-5)
+
+def test_seed_epoch_and_number_all_count(micro):
+    "Two pictures of one prompt, two epochs, two seeds: four pictures."
+    config, prompts = replace(SMALL, sample_batch_size=9), ['a cat'] * 2
+    cases = (config, 0), (config, 1), (replace(config, seed=1), 0)
+    pictures = torch.cat([collect(c, micro, brightness, prompts, [0, 1], epoch).images for c, epoch in cases])
+    assert all(not torch.allclose(pictures[i], pictures[j], atol=1e-3) for i in range(6) for j in range(i))
+
+@pytest.mark.parametrize('size', [1, 5, 100])
+def test_sample_batch_size_does_not_change_training(size):
+    "A matter of memory only; by now AdamW has seen the gradient's rounding."
+    rows, other = run()[0], run(replace(SMALL, sample_batch_size=size))[0]
+    assert other[0]['reward_mean'] == pytest.approx(rows[0]['reward_mean'], abs=1e-5)
+    assert other[1]['reward_mean'] == pytest.approx(rows[1]['reward_mean'], abs=1e-3)
+
+# collecting
 @pytest.mark.parametrize('batch_size', [1, 2, 5, 100])
 def test_pitfall_25_batches_that_do_not_divide(micro, batch_size):
     "Five samples in batches of two: prompts, contexts, latents, images and rewards must stay together."
@@ -61,24 +91,30 @@ def test_pitfall_25_batches_that_do_not_divide(micro, batch_size):
     with torch.no_grad(): images = decode_latents(micro, batch.trajectory.latents[-1])
     torch.testing.assert_close(batch.images, images, rtol=0, atol=1e-5)
     torch.testing.assert_close(batch.rewards, brightness(images, PROMPTS))
-    again = accumulate(SMALL, micro, schedule_of(micro), batch, ADVANTAGES, all_pairs(3, 5).T)
+    again = accumulate(SMALL, micro, schedule_of(micro), batch, ADVANTAGES, all_pairs(3, 5).T, OFF)
     assert again['approx_kl'] < 1e-10 # every sample is rescored under its own prompt
 
 def test_reward_sees_each_picture_with_its_prompt(micro):
     "Prompts and images out of step."
     seen = []
-    collect(SMALL, micro, lambda images, prompts: seen.append((len(images), prompts)) or brightness(images, prompts), PROMPTS, generator())
+    def reward(images, prompts):
+        seen.append((len(images), prompts))
+        return brightness(images, prompts)
+    collect(SMALL, micro, reward, PROMPTS, list(range(5)))
     assert seen == [(2, PROMPTS[:2]), (2, PROMPTS[2:4]), (1, PROMPTS[4:])]
 
 def test_overlapped_rewards_change_nothing_and_save_time():
     "Scored in a thread while the next batch is drawn: the same rows and weights, and a reward that waits costs less."
-    def slow(images, prompts): time.sleep(.3); return brightness(images, prompts)
+    def slow(images, prompts):
+        time.sleep(.3)
+        return brightness(images, prompts)
     config, seconds = replace(SMALL, num_epochs=1, sample_batch_size=1, num_inference_steps=60), []
     results = []
     for overlap in (False, True):
         began = time.perf_counter()
         rows, pipe = run(replace(config, overlap_reward=overlap), reward=slow)
-        seconds.append(time.perf_counter() - began); results.append((rows, weights(pipe.unet)))
+        seconds.append(time.perf_counter() - began)
+        results.append((rows, weights(pipe.unet)))
     assert results[0][0] == results[1][0] and torch.equal(results[0][1], results[1][1])
     assert seconds[1] < seconds[0] - .2, seconds
 
@@ -95,9 +131,9 @@ def test_pitfall_27_prompts_are_encoded_once(micro):
 
 def test_join_is_the_inverse_of_splitting(micro):
     "The sample axis of latents and log-probs is the second."
-    parts = [epoch_of(micro, prompts=PROMPTS[:2]), epoch_of(micro, prompts=PROMPTS[2:], seed=1)]
+    parts = [collect(SMALL, micro, brightness, PROMPTS[part], list(range(5))[part]) for part in (slice(0, 2), slice(2, 5))]
     joined = join(parts)
-    assert joined.prompts == PROMPTS
+    assert joined.prompts == PROMPTS and joined.numbers == list(range(5))
     for part, rows in zip(parts, (slice(0, 2), slice(2, 5))):
         for name in ('latents', 'log_probs'): assert torch.equal(getattr(joined.trajectory, name)[:, rows], getattr(part.trajectory, name))
         assert torch.equal(joined.rewards[rows], part.rewards) and torch.equal(joined.context.text[rows], part.context.text)
@@ -111,14 +147,15 @@ def oracle_loss(pipe, batch, advantages, config=SMALL):
     for i, t in enumerate(pipe.scheduler.timesteps):
         x, nxt = batch.trajectory.latents[i:i + 2]
         cond, uncond = (pipe.unet(x, t, c).sample for c in (batch.context.text, batch.context.empty.repeat(len(x), 1, 1)))
-        mean = pipe.scheduler.step(uncond + config.guidance_scale * (cond - uncond), t, x, eta=config.eta, variance_noise=torch.zeros_like(x)).prev_sample
+        output = uncond + config.guidance_scale * (cond - uncond)
+        mean = pipe.scheduler.step(output, t, x, eta=config.eta, variance_noise=torch.zeros_like(x)).prev_sample
         log_probs.append(Normal(mean, schedule.std[i]).log_prob(nxt).mean((1, 2, 3)))
     return -(advantages * torch.stack(log_probs)).mean()
 
 def accumulated(pipe, config, batch, pairs):
     "The gradient that `accumulate` leaves, and its statistics."
     pipe.unet.zero_grad()
-    stats = accumulate(config, pipe, schedule_of(pipe), batch, ADVANTAGES, pairs)
+    stats = accumulate(config, pipe, schedule_of(pipe), batch, ADVANTAGES, pairs, OFF)
     return gradients(pipe.unet), stats
 
 @pytest.fixture
@@ -154,12 +191,13 @@ def test_pitfall_24_order_of_pairs_does_not_matter(fresh):
 @pytest.mark.parametrize('guidance_scale', [1., 2.])
 @pytest.mark.parametrize('eta', [.5, 1.])
 def test_pitfall_08_first_ratio_is_one(micro, eta, guidance_scale, prediction_type):
-    """Before the first update every ratio is 1 and nothing is clipped. The allowance is float32's rounding when pairs are grouped otherwise than in
-    sampling: it counts in units of the step's standard deviation, which at eta=0.5 is half as large. A ratio that is wrong is off by 1e-4 and more."""
+    """Before the first update every ratio is 1 and nothing is clipped. The allowance is float32's rounding when pairs are grouped
+    otherwise than in sampling: it counts in units of the step's standard deviation, which at eta=0.5 is half as large.
+    A ratio that is wrong is off by 1e-4 and more."""
     set_scheduler(micro, prediction_type=prediction_type)
     config = replace(SMALL, eta=eta, guidance_scale=guidance_scale, updates_per_epoch=1, num_epochs=1)
-    batch, ratios = epoch_of(micro, config), []
-    for pair in all_pairs(3, 5).T: ratios.append(accumulate(config, micro, schedule_of(micro, config), batch, ADVANTAGES, pair[None])['ratio'])
+    batch, schedule = epoch_of(micro, config), schedule_of(micro, config)
+    ratios = [accumulate(config, micro, schedule, batch, ADVANTAGES, pair[None], OFF)['ratio'] for pair in all_pairs(3, 5).T]
     assert (torch.stack(ratios) - 1).abs().max() <= 5e-6
     micro.unet.zero_grad()
     row = run(config, micro)[0][0]
@@ -167,34 +205,44 @@ def test_pitfall_08_first_ratio_is_one(micro, eta, guidance_scale, prediction_ty
 
 def test_pitfall_23_one_update_never_clips(micro):
     "With one update an epoch the clip range does not matter; with more it does."
-    ends = {(n, clip): weights(run(replace(SMALL, updates_per_epoch=n, num_inner_epochs=n, clip_range=clip))[1].unet) for n in (1, 3) for clip in (1e-4, 9.)}
+    def end(n, clip): return weights(run(replace(SMALL, updates_per_epoch=n, num_inner_epochs=n, clip_range=clip))[1].unet)
+    ends = {(n, clip): end(n, clip) for n in (1, 3) for clip in (1e-4, 9.)}
     assert torch.equal(ends[1, 1e-4], ends[1, 9.])
     assert not torch.equal(ends[3, 1e-4], ends[3, 9.])
 
 # updates
 
-def pairs_of_update(monkeypatch, config, pipe):
-    "What `update` hands to `accumulate`: one (N, 2) tensor an optimizer step."
-    seen, original = [], training.accumulate
-    monkeypatch.setattr(training, 'accumulate', lambda *args: seen.append(args[5]) or original(*args))
-    update(config, pipe, make_optimizer(config, pipe), epoch_of(pipe, config), ADVANTAGES, generator())
-    return seen
-
 @pytest.mark.parametrize('updates, inner', [(1, 1), (2, 1), (3, 2), (5, 1)])
-def test_each_pair_is_used_once_an_inner_epoch(micro, monkeypatch, updates, inner):
+def test_each_pair_is_used_once_an_inner_epoch(updates, inner):
     "Samples lost or used twice where the sizes do not divide: 5 samples in 2 or 3 updates."
-    seen = pairs_of_update(monkeypatch, replace(SMALL, updates_per_epoch=updates, num_inner_epochs=inner), micro)
+    config = replace(SMALL, updates_per_epoch=updates, num_inner_epochs=inner)
+    seen, wanted = list(plan_updates(config, epoch_rng(0, 0))), sorted(map(tuple, all_pairs(3, 5).T.tolist()))
     assert len(seen) == updates * inner
-    wanted = sorted(map(tuple, all_pairs(3, 5).T.tolist()))
     for i in range(inner): assert sorted(map(tuple, torch.cat(seen[i * updates:(i + 1) * updates]).tolist())) == wanted
     assert all(len(set(pairs[:, 1].tolist())) * 3 == len(pairs) for pairs in seen) # a sample's timesteps stay together
     if inner > 1: assert not all(torch.equal(a, b) for a, b in zip(seen[:updates], seen[updates:]))
 
-def test_shuffled_pairs():
-    "All timesteps of the given samples, in an order that is the generator's."
-    a, b, c = (shuffled_pairs(torch.tensor([7, 3]), 4, generator(seed)) for seed in (0, 0, 1))
-    assert sorted(map(tuple, a.tolist())) == [(t, s) for t in range(4) for s in (3, 7)]
-    assert torch.equal(a, b) and not torch.equal(a, c)
+def test_the_plan_is_a_function_of_seed_and_epoch():
+    "Other samples in other updates, and other prompts, for another seed or epoch; the same for the same."
+    plans = {key: torch.cat(list(plan_updates(SMALL, epoch_rng(*key)))).tolist() for key in ((0, 0), (0, 1), (1, 0), (1, 1))}
+    drawn = {key: tuple(draw_prompts(PROMPTS * 9, 20, epoch_rng(*key))) for key in plans}
+    assert torch.cat(list(plan_updates(SMALL, epoch_rng(1, 1)))).tolist() == plans[1, 1]
+    assert len({str(p) for p in plans.values()}) == len(set(drawn.values())) == 4
+
+def test_the_gradients_of_the_parts_add_up(fresh):
+    "What several processes rely on: each takes the pairs of its own pictures, with shares of the whole."
+    pipe, batch, pairs, wanted = fresh
+    parts = [collect(SMALL, pipe, brightness, PROMPTS[part], list(range(5))[part]) for part in (slice(0, 2), slice(2, 5))]
+    found = [accumulated(pipe, SMALL, part, pairs) for part in parts]
+    torch.testing.assert_close(found[0][0] + found[1][0], wanted, rtol=0, atol=1e-3 * wanted.abs().max().item())
+    assert found[0][1]['ratio'] + found[1][1]['ratio'] == pytest.approx(1, abs=1e-5)
+
+def test_a_part_without_pairs_adds_nothing(micro):
+    "With few samples a process may have none in an update."
+    batch = collect(SMALL, micro, brightness, PROMPTS[:2], [0, 1])
+    micro.unet.zero_grad()
+    stats = accumulate(SMALL, micro, schedule_of(micro), batch, ADVANTAGES, torch.tensor([[0, 3], [1, 4]]), OFF)
+    assert all(value == 0 for value in stats.values()) and all(p.grad is None for p in micro.unet.parameters())
 
 @pytest.mark.parametrize('max_norm', [1e-3, 1e9])
 def test_one_update_by_hand(fresh, max_norm):
@@ -203,12 +251,11 @@ def test_one_update_by_hand(fresh, max_norm):
     config = replace(SMALL, updates_per_epoch=1, max_grad_norm=max_norm, weight_decay=.1)
     by_hand = trainable_copy(pipe)
     for p in (pipe, by_hand): p.unet.zero_grad()
-    optimizers = torch.optim.SGD(pipe.unet.parameters(), lr=.1), torch.optim.SGD(by_hand.unet.parameters(), lr=.1)
-    stats, = update(config, pipe, optimizers[0], batch, ADVANTAGES, generator())
+    stats, = update(config, pipe, sgd(config, pipe, .1), batch, ADVANTAGES, epoch_rng(0, 0))
     oracle_loss(by_hand, batch, ADVANTAGES).backward()
     norm = nn.utils.clip_grad_norm_(by_hand.unet.parameters(), max_norm).item()
     before = weights(by_hand.unet)
-    optimizers[1].step()
+    torch.optim.SGD(by_hand.unet.parameters(), lr=.1).step()
     assert stats['grad_norm'] == pytest.approx(norm, rel=1e-3)
     moved, wanted = weights(pipe.unet) - before, weights(by_hand.unet) - before
     torch.testing.assert_close(moved, wanted, rtol=0, atol=2e-3 * wanted.abs().max().item() + 1e-7)
@@ -216,8 +263,9 @@ def test_one_update_by_hand(fresh, max_norm):
 
 def test_optimizer_has_the_configs_numbers(micro):
     "A learning rate or weight decay that never arrives; frozen weights that are trained after all."
-    micro.unet.requires_grad_(False); micro.unet.conv_out.requires_grad_(True)
-    group, = make_optimizer(replace(SMALL, learning_rate=.3, weight_decay=.2), micro).param_groups
+    micro.unet.requires_grad_(False)
+    micro.unet.conv_out.requires_grad_(True)
+    group, = new_state(replace(SMALL, learning_rate=.3, weight_decay=.2), micro).optimizer.param_groups
     assert (group['lr'], group['weight_decay'], len(group['params'])) == (.3, .2, 2)
 
 def test_old_gradients_do_not_count(micro):
@@ -244,16 +292,18 @@ def test_same_seed_same_rows():
 def test_minibatch_size_does_not_change_training(size):
     "A matter of memory only."
     rows, other = run()[0], run(replace(SMALL, minibatch_size=size))[0]
-    for a, b in zip(rows, other): assert b['reward_mean'] == pytest.approx(a['reward_mean'], abs=1e-3) and b['loss'] == pytest.approx(a['loss'], abs=1e-3)
+    for a, b in zip(rows, other):
+        for name in ('reward_mean', 'loss'): assert b[name] == pytest.approx(a[name], abs=1e-3)
 
 def test_row_holds_what_it_says(micro):
     "Names and values of the metrics, against the epoch that the callback sees."
     epochs = []
     rows = train(SMALL, micro, brightness, PROMPTS, epochs.append)
     assert [e.row for e in epochs] == rows and [row['epoch'] for row in rows] == [0, 1]
-    assert list(rows[0]) == ['epoch', 'reward_mean', 'reward_std', 'loss', 'approx_kl', 'clipfrac', 'ratio', 'grad_norm', 'per_prompt', 'seconds']
+    assert list(rows[0]) == 'epoch reward_mean reward_std loss approx_kl clipfrac ratio grad_norm per_prompt seconds'.split()
     for e in epochs:
-        assert e.row['reward_mean'] == pytest.approx(e.batch.rewards.mean().item()) and e.row['reward_std'] == pytest.approx(e.batch.rewards.numpy().std(), rel=1e-4)
+        assert e.row['reward_mean'] == pytest.approx(e.batch.rewards.mean().item())
+        assert e.row['reward_std'] == pytest.approx(e.batch.rewards.numpy().std(), rel=1e-4)
         assert all(type(v) in (int, float) and np.isfinite(v) for v in e.row.values())
         assert set(e.batch.prompts) <= set(PROMPTS) and len(e.batch.prompts) == 5
 
@@ -264,24 +314,72 @@ def test_every_update_is_noted(micro):
     updates = epochs[-1].state.updates
     assert [(u['epoch'], u['update']) for u in updates] == [(e, u) for e in range(2) for u in range(3)]
     for e in epochs:
-        for name in ('loss', 'approx_kl', 'grad_norm'): assert e.row[name] == pytest.approx(np.mean([u[name] for u in updates if u['epoch'] == e.row['epoch']]))
+        mine = [u for u in updates if u['epoch'] == e.row['epoch']]
+        for name in ('loss', 'approx_kl', 'grad_norm'): assert e.row[name] == pytest.approx(np.mean([u[name] for u in mine]))
 
 def test_train_goes_on_from_a_state(micro):
     "A loop that begins again at epoch 0, or makes a new optimizer."
     through = run(replace(SMALL, num_epochs=4))
-    state = training.new_state(SMALL, micro)
+    state = new_state(SMALL, micro)
     for epochs in (1, 2, 4): rows = train(replace(SMALL, num_epochs=epochs), micro, brightness, PROMPTS, state=state)
     assert without_time(rows) == through[0] and torch.equal(weights(micro.unet), weights(through[1].unet))
 
-@pytest.mark.parametrize('where', ['gradient', 'latents'])
-def test_non_finite_update_is_not_taken(micro, where):
-    "NaN must not reach the weights; the error names the update and the prompts."
+@pytest.mark.parametrize('epochs', [0, 1])
+def test_non_finite_update_is_not_taken(micro, epochs):
+    "NaN must not reach the weights; the error names epoch and update and says what to do."
+    state = new_state(SMALL, micro)
+    train(replace(SMALL, num_epochs=epochs or 1), micro, brightness, PROMPTS, state=state) if epochs else None
     batch, before = epoch_of(micro), weights(micro.unet)
-    if where == 'gradient': next(micro.unet.parameters()).register_hook(lambda g: g * float('nan'))
-    else: batch.trajectory.latents[2, 1] = float('nan')
-    with pytest.raises(FloatingPointError, match="update [0-2]: .*norm is nan.*step was not taken.*Prompts: " + ("'an owl' .their latents" if where == 'latents' else "'a ")):
-        update(replace(SMALL, learning_rate=0.) , micro, torch.optim.SGD(micro.unet.parameters(), lr=0.), batch, ADVANTAGES, generator())
+    next(micro.unet.parameters()).register_hook(lambda g: g * float('nan'))
+    with pytest.raises(FloatingPointError, match=f'Epoch {epochs}, update 0: the gradient is not finite.*not taken.*learning_rate'):
+        update(SMALL, micro, state, batch, ADVANTAGES, epoch_rng(0, 0))
     assert torch.equal(weights(micro.unet), before)
+
+def test_a_scaler_leaves_an_overflowing_step_out_until_that_is_hopeless(micro):
+    "In float16 an overflow is the scaler's business: the step is left out and the scale halved. A scale of nearly 0 is an error."
+    state, before = new_state(SMALL, micro), weights(micro.unet)
+    state.scaler = torch.amp.GradScaler('cpu', init_scale=8.)
+    handle = next(micro.unet.parameters()).register_hook(lambda g: g * float('inf'))
+    update(replace(SMALL, updates_per_epoch=1), micro, state, epoch_of(micro), ADVANTAGES, epoch_rng(0, 0))
+    assert torch.equal(weights(micro.unet), before) and state.scaler.get_scale() == 4
+    state.scaler = torch.amp.GradScaler('cpu', init_scale=1e-5)
+    with pytest.raises(FloatingPointError): update(SMALL, micro, state, epoch_of(micro), ADVANTAGES, epoch_rng(0, 0))
+    handle.remove()
+
+def test_a_scaler_changes_nothing_else(micro):
+    "Unscaled before the norm is clipped: with and without, the same step."
+    ends = []
+    for scaler in (OFF, torch.amp.GradScaler('cpu', init_scale=1024.)):
+        pipe = trainable_copy(micro)
+        state = sgd(SMALL, pipe, .1)
+        state.scaler = scaler
+        update(SMALL, pipe, state, epoch_of(pipe), ADVANTAGES, epoch_rng(0, 0))
+        ends.append(weights(pipe.unet) - weights(micro.unet))
+    torch.testing.assert_close(ends[0], ends[1], rtol=0, atol=1e-3 * ends[0].abs().max().item())
+
+def test_gradients_switched_off_elsewhere_do_not_matter():
+    "Some reward models switch them off for the whole program when they are imported."
+    rows, pipe = run()
+    with torch.no_grad(): again, other = run()
+    assert again == rows and torch.equal(weights(pipe.unet), weights(other.unet))
+
+@pytest.mark.parametrize('dtype', ['bfloat16', 'float16'])
+@pytest.mark.parametrize('lora', [False, True])
+def test_products_in_16_bits(dtype, lora):
+    "What a GPU does, on a CPU: the weights that are trained stay float32, first ratios are near 1, and the model learns something."
+    config = replace(SMALL, dtype=dtype, updates_per_epoch=1, clip_range=9.)
+    pipe = micro_pipeline()
+    if lora: pipe = add_lora(pipe.to(getattr(torch, dtype)))
+    before = weights(pipe.unet)
+    row, _ = run(config, pipe)[0]
+    assert all(p.dtype == torch.float32 for p in pipe.unet.parameters() if p.requires_grad)
+    assert abs(row['ratio'] - 1) < 1e-3 and not torch.equal(weights(pipe.unet), before)
+    batch = epoch_of(pipe, config)
+    assert batch.trajectory.latents.dtype == batch.trajectory.log_probs.dtype == batch.images.dtype == torch.float32
+
+def test_weights_in_16_bits_are_not_trained(micro):
+    "AdamW's steps would be lost in their rounding."
+    with pytest.raises(ValueError, match='bfloat16.*expected float32'): new_state(SMALL, micro.to(torch.bfloat16))
 
 def test_pitfall_20_the_tracker_gets_the_whole_epoch(micro):
     "Normalised batch by batch, identical rewards would get other advantages; and its memory must last over epochs."
@@ -325,23 +423,24 @@ def bad_reward(result):
     return reward
 
 @pytest.mark.parametrize('result, error, words', [
-    (RuntimeError('the judge is ill'), RuntimeError, 'the judge is ill'),
-    (lambda images, prompts: brightness(images, prompts)[:, None], ValueError, r'\(2, 1\) for 2 prompts; expected \(2,\)'),
-    (lambda images, prompts: images.mean(), ValueError, r'shape \(\) for 2 prompts'),
-    (lambda images, prompts: torch.ones(len(images), dtype=torch.long), TypeError, 'int64; expected a float tensor'),
-    (lambda images, prompts: brightness(images, prompts) / 0 * 0, ValueError, "nan for the prompt 'a "),
-    (lambda images, prompts: brightness(images, prompts) / 0, ValueError, "inf for the prompt 'a ")], ids=['raises', '(B,1)', 'scalar', 'integers', 'nan', 'inf'])
+    (RuntimeError('the server is down'), RuntimeError, 'the server is down'),
+    (lambda images, prompts: brightness(images, prompts)[:, None], ValueError, r'\(2, 1\)'),
+    (lambda images, prompts: images.mean(), ValueError, r'shape \(\)'),
+    (lambda images, prompts: brightness(images, prompts) / 0 * 0, ValueError, "nan for 'a "),
+    (lambda images, prompts: brightness(images, prompts) / 0, ValueError, "inf for 'a ")],
+    ids=['raises', '(B,1)', 'scalar', 'nan', 'inf'])
 @pytest.mark.parametrize('good_epochs', [0, 1])
 def test_bad_reward_stops_before_any_change(micro, result, error, words, good_epochs):
     "A clear error, and the weights of the last whole epoch."
     calls, ends = [], [weights(micro.unet)]
     def reward(images, prompts):
         calls.append(1)
-        return brightness(images, prompts) if len(calls) <= 3 * good_epochs else bad_reward(result)(images, ['a cat', 'a dog'][:len(images)])
+        return brightness(images, prompts) if len(calls) <= 3 * good_epochs else bad_reward(result)(images, prompts)
     with pytest.raises(error, match=words): train(SMALL, micro, reward, ['a cat', 'a dog'], lambda epoch: ends.append(weights(micro.unet)))
     assert len(ends) == 1 + good_epochs and torch.equal(weights(micro.unet), ends[-1])
 
-@pytest.mark.parametrize('prompts, error, words', [([], ValueError, 'no prompts'), ('a cat', TypeError, "the string 'a cat'"), ([1], TypeError, 'holds 1, a int')])
+@pytest.mark.parametrize('prompts, error, words', [
+    ([], ValueError, 'no prompts'), ('a cat', TypeError, "the string 'a cat'"), ([1], TypeError, 'holds 1, a int')])
 def test_bad_prompts(micro, prompts, error, words):
     "Nothing to draw from, or letters instead of prompts."
     for function in (train, evaluate):
@@ -350,7 +449,7 @@ def test_bad_prompts(micro, prompts, error, words):
 def test_nothing_to_train(micro):
     "A frozen UNet would run for hours and learn nothing."
     micro.unet.requires_grad_(False)
-    with pytest.raises(ValueError, match=r'No parameter.*requires_grad_\(True\)'): run(pipe=micro)
+    with pytest.raises(ValueError, match='none; expected float32'): run(pipe=micro)
 
 # evaluation
 
@@ -368,17 +467,17 @@ def test_evaluation_does_not_touch_training(micro):
     rows, _ = run()
     assert run(pipe=micro, on_epoch=lambda epoch: evaluate(SMALL, micro, brightness, PROMPTS))[0] == rows
 
-def test_evaluation_without_noise(micro):
-    "Evaluation needs no log-probs, so eta=0 is allowed there, in several batches too."
-    config = replace(SMALL, eta=0.)
-    whole, parts = (evaluate(replace(config, sample_batch_size=n), micro, brightness, PROMPTS) for n in (5, 2))
-    torch.testing.assert_close(whole.images, parts.images, rtol=0, atol=1e-4)
+def test_parts_of_a_sum_have_columns(micro):
+    "Each term's mean, unweighted; the weighted sum is the reward."
+    reward = WeightedSum(light=(2., brightness), size=(-.5, jpeg_incompressibility))
+    for row in train(SMALL, micro, reward, PROMPTS):
+        assert row['reward_mean'] == pytest.approx(2 * row['reward_light'] - .5 * row['reward_size'], rel=1e-5)
 
 # learning
 
 def test_a_reward_rises(tiny):
     "Two epochs of the defaults: with the sign of the loss, the advantages or the ratio wrong, the score would fall, or stay."
-    config, reward, prompts = TrainConfig(num_epochs=2), tiny_aesthetic(), fill_template(simple_animals())
+    config, reward, prompts = Config(num_epochs=2), tiny_aesthetic(), fill_template(simple_animals())
     pipe = trainable_copy(tiny)
     before = evaluate(config, pipe, reward, prompts).rewards
     train(config, pipe, reward, prompts)

@@ -19,14 +19,15 @@ DEFAULT = dict(cpu=['sampling', 'training', 'recipe', 'reward'], cuda=['sampling
 
 def arguments() -> argparse.Namespace: # what was asked for
     "The command line."
-    parser = argparse.ArgumentParser(description='Measure ddpo_tutorial against TRL, the original recipe and the hardware; see README.md beside this file.')
+    what = 'Measure ddpo_tutorial against TRL, the original recipe and the hardware; see README.md beside this file.'
+    parser = argparse.ArgumentParser(description=what)
     parser.add_argument('--parts', nargs='+', choices=TITLES, help='what to measure; by default all that the device is meant for')
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu', choices=['cpu', 'cuda'])
     parser.add_argument('--repeats', type=int, default=5, help='timed rounds, at least (5)')
-    parser.add_argument('--quick', action='store_true', help='small and short: shows that everything runs, says little about speed')
-    parser.add_argument('--model', choices=['tiny', 'sd'], help="by default tiny on a CPU; on CUDA sd, Stable Diffusion v1.4's shape with random weights")
+    parser.add_argument('--quick', action='store_true', help='small and short: shows that it runs, says little about speed')
+    parser.add_argument('--model', choices=['tiny', 'sd'], help="tiny (default on a CPU) or sd: SD v1.4's shape with random weights")
     parser.add_argument('--image-size', type=int, default=512, help='pixels a side, of sd (512)')
-    parser.add_argument('--out', type=Path, help='the Markdown file; the numbers lie beside it as JSON (results/cpu.md or results/cuda.md beside this file)')
+    parser.add_argument('--out', type=Path, help='the Markdown file, the numbers beside it as JSON (results/cpu.md or results/cuda.md)')
     return parser.parse_args()
 
 

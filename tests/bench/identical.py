@@ -1,13 +1,17 @@
-"""Identical work: our sampling and training against TRL's, on the same weights, noise, trajectory and minibatches; first that they agree, then how long they take"""
+"""Identical work: our sampling and training against TRL's; first that the results are the same, then how long they take
+
+Both sides have the same weights, noise, trajectory and minibatches.
+"""
 from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
 
+from ddpo_tutorial.configs import Config
 from ddpo_tutorial.pipelines import Context, encode_prompts
 from ddpo_tutorial.ppo import ppo_loss
-from ddpo_tutorial.sampling import Trajectory, gaussian_log_prob, make_schedule, rescore, sample, step_mean
-from ddpo_tutorial.training import Batch, TrainConfig, accumulate, make_optimizer, step_with
+from ddpo_tutorial.sampling import Trajectory, gaussian_log_prob, make_generators, make_schedule, rescore, sample, step_mean
+from ddpo_tutorial.training import Batch, State, accumulate, clip_gradients, new_state
 
 from timing import compare, give_back, print_row
 from trl_side import make_trainer, trl_losses, trl_sample, trl_samples, trl_update
@@ -17,7 +21,7 @@ class Disagreement(Exception):
     "Two sides that should do the same do not: timing them would mean nothing."
 
 
-def agree(
+def check_same(
     what: str, # in words, for the table
     ours: torch.Tensor, # any shape
     theirs: torch.Tensor, # the same
@@ -27,23 +31,27 @@ def agree(
     "Raises Disagreement unless two tensors are equal within |difference| <= atol + rtol |theirs|."
     difference = (ours.double() - theirs.double()).abs()
     if ours.shape != theirs.shape or not (difference <= atol + rtol * theirs.double().abs()).all():
-        raise Disagreement(f'{what}: ours and TRL differ by up to {difference.max().item():.3g}; expected at most {atol:g} + {rtol:g} x value. Nothing was timed.')
-    return dict(what=what, largest_difference=difference.max().item(), largest_value=theirs.abs().max().item(), rtol=rtol, atol=atol)
+        raise Disagreement(f'{what}: ours and TRL differ by up to {difference.max().item():.3g}; '
+                           f'expected at most {atol:g} + {rtol:g} x value. Nothing was timed.')
+    largest = dict(largest_difference=difference.max().item(), largest_value=theirs.abs().max().item())
+    return dict(what=what, **largest, rtol=rtol, atol=atol)
 
 
 @contextmanager
 def full_precision():
     "Float32 products without TF32, for the checks; afterwards as it was."
     before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    torch.set_float32_matmul_precision('highest'); torch.backends.cudnn.allow_tf32 = False
+    torch.set_float32_matmul_precision('highest')
+    torch.backends.cudnn.allow_tf32 = False
     try: yield
     finally:
-        torch.set_float32_matmul_precision(before[0]); torch.backends.cudnn.allow_tf32 = before[1]
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
 
 
 class Twins(NamedTuple):
     "Both sides on the same weights, and the same data for both."
-    config: TrainConfig # an epoch of one minibatch and one update
+    config: Config # an epoch of one minibatch and one update
     ours: object # StableDiffusionPipeline
     trainer: object # TRL's DDPOTrainer, around a second pipeline with the same weights
     context: Context # text (B, L, D), empty (1, L, D)
@@ -55,9 +63,9 @@ def make_twins(
     batch: int, # samples in the minibatch
 ) -> Twins: # float32 on both sides
     "Two pipelines with equal weights, one for each side."
-    config = TrainConfig(samples_per_epoch=batch, sample_batch_size=batch, minibatch_size=batch, updates_per_epoch=1,
-                         num_inference_steps=settings.steps, guidance_scale=settings.guidance_scale)
-    ours, theirs = settings.pipeline(torch.float32), settings.pipeline(torch.float32)
+    config = Config(samples_per_epoch=batch, sample_batch_size=batch, minibatch_size=batch, updates_per_epoch=1,
+                    num_inference_steps=settings.steps, guidance_scale=settings.guidance_scale, dtype='float32')
+    ours, theirs = settings.pipeline(), settings.pipeline()
     context = encode_prompts(ours, settings.prompts(batch))
     side = ours.unet.config.sample_size
     noise = torch.randn(batch, 4, side, side, generator=torch.Generator().manual_seed(7)).to(ours.device)
@@ -66,16 +74,16 @@ def make_twins(
 
 def our_sample(
     twins: Twins, # the sides
-    generator: torch.Generator | None = None, # by default on the CPU, as the package's loop has it
+    generators: list[torch.Generator] | None = None, # one a sample; by default as the package's loop has them
 ) -> Trajectory: # of the minibatch
     "Our sampler from the shared noise."
-    config = twins.config
-    return sample(twins.ours, twins.context, generator or torch.Generator().manual_seed(1), config.num_inference_steps, config.guidance_scale, config.eta, twins.noise)
+    config, generators = twins.config, generators or make_generators(range(len(twins.noise)))
+    return sample(twins.ours, twins.context, generators, config.num_inference_steps, config.guidance_scale, config.eta, twins.noise)
 
 
 class OurTraining(NamedTuple):
     "What our update needs, made once."
-    optimizer: torch.optim.Optimizer # AdamW
+    state: State # its optimizer is AdamW
     schedule: object # of the trajectory
     batch: Batch # the samples
     advantages: torch.Tensor # (B,)
@@ -89,20 +97,22 @@ def our_training(
 ) -> OurTraining: # ready
     "The minibatches TRL has: all samples of one timestep, one timestep after the other."
     schedule = make_schedule(twins.ours.scheduler, twins.config.num_inference_steps, twins.config.eta, twins.ours.device)
-    batch = Batch([], twins.context, trajectory, None, None, {})
-    pairs = torch.cartesian_prod(torch.arange(len(trajectory.timesteps)), torch.arange(len(advantages))).to(twins.ours.device)
-    return OurTraining(make_optimizer(twins.config, twins.ours), schedule, batch, advantages, pairs)
+    batch = Batch([], list(range(len(advantages))), twins.context, trajectory, None)
+    pairs = torch.cartesian_prod(torch.arange(len(trajectory.timesteps)), torch.arange(len(advantages)))
+    return OurTraining(new_state(twins.config, twins.ours), schedule, batch, advantages, pairs)
 
 
 def our_update(
     twins: Twins, # the sides
     training: OurTraining, # of `our_training`
 ) -> None:
-    "One update of ours, as in `training.update`, with the order of pairs given instead of drawn: gradients added up, norm clipped, one step."
-    optimizer, schedule, batch, advantages, pairs = training
-    accumulate(twins.config, twins.ours, schedule, batch, advantages, pairs)
-    torch.nn.utils.clip_grad_norm_([p for p in twins.ours.unet.parameters() if p.requires_grad], twins.config.max_grad_norm)
-    step_with(optimizer, None)
+    """One update of ours, as in `training.update`, with the order of pairs given instead of drawn: gradients added up, norm
+    clipped, one step."""
+    state, schedule, batch, advantages, pairs = training
+    state.optimizer.zero_grad()
+    accumulate(twins.config, twins.ours, schedule, batch, advantages, pairs, state.scaler)
+    clip_gradients(twins.config, state, 0)
+    state.optimizer.step()
 
 
 def our_losses(
@@ -110,12 +120,13 @@ def our_losses(
     training: OurTraining, # of `our_training`
 ) -> torch.Tensor: # (T, 3): loss, approx_kl, clipfrac of every timestep
     "Our `ppo_loss(rescore(...))`, timestep by timestep."
-    latents, _, old = training.batch.trajectory
-    rows = []
+    config, (latents, _, old), rows = twins.config, training.batch.trajectory, []
     with torch.no_grad():
-        for step, row in (part.T for part in training.pairs.split(twins.config.minibatch_size)):
-            new = rescore(twins.ours, twins.context, training.schedule, step, latents[step, row], latents[step + 1, row], twins.config.guidance_scale)
-            loss, stats = ppo_loss(new, old[step, row], training.advantages[row], twins.config.clip_range, twins.config.adv_clip_max)
+        for step, row in (part.T for part in training.pairs.to(latents.device).split(config.minibatch_size)):
+            context = Context(twins.context.text[row], twins.context.empty)
+            x, following = latents[step, row], latents[step + 1, row]
+            new = rescore(twins.ours, context, training.schedule, step, x, following, config.guidance_scale)
+            loss, stats = ppo_loss(new, old[step, row], training.advantages[row], config.clip_range, config.adv_clip_max)
             rows.append([loss, stats['approx_kl'], stats['clipfrac']])
     return torch.tensor(rows)
 
@@ -128,21 +139,35 @@ def some_advantages(
     return torch.linspace(-1, 2, batch, device=device) if batch > 1 else torch.ones(1, device=device)
 
 
+def trl_one_by_one(
+    twins: Twins, # the sides
+) -> Trajectory: # of the minibatch
+    "TRL's samples, drawn one by one: number n from the seed n. TRL draws from the global generator, ours from one a sample."
+    parts = []
+    for n, noise in enumerate(twins.noise.split(1)):
+        torch.manual_seed(n)
+        parts.append(trl_sample(twins.trainer, Context(twins.context.text[n:n + 1], twins.context.empty), noise))
+    latents, log_probs = (torch.cat([getattr(p, name) for p in parts], 1) for name in ('latents', 'log_probs'))
+    return Trajectory(latents, parts[0].timesteps, log_probs)
+
+
 def check_sampling(
     twins: Twins, # the sides
-) -> list[dict]: # of `agree`
-    "From the same first noise and the same random numbers the same trajectory; and the same log-prob for a transition that is given."
+) -> list[dict]: # of `check_same`
+    "From the same first noise and random numbers the same trajectory; and the same log-prob for a transition that is given."
     device = twins.ours.device
-    torch.manual_seed(1)
-    theirs, ours = trl_sample(twins.trainer, twins.context, twins.noise), our_sample(twins, torch.Generator(device).manual_seed(1))
+    theirs = trl_one_by_one(twins)
+    ours = our_sample(twins, [torch.Generator(device).manual_seed(n) for n in range(len(twins.noise))])
     schedule = make_schedule(twins.ours.scheduler, twins.config.num_inference_steps, twins.config.eta, device)
     output, pairs = torch.randn(theirs.latents[:-1].shape, generator=torch.Generator().manual_seed(2)).to(device), []
     for i, t in enumerate(schedule.timesteps):
         x, following = theirs.latents[i], theirs.latents[i + 1]
-        given = twins.trainer.sd_pipeline.scheduler_step(output[i], t.expand(len(x)), x, eta=twins.config.eta, prev_sample=following).log_probs
+        how = dict(eta=twins.config.eta, prev_sample=following)
+        given = twins.trainer.sd_pipeline.scheduler_step(output[i], t.expand(len(x)), x, **how).log_probs
         pairs.append((gaussian_log_prob(following, step_mean(schedule, i, x, output[i]), schedule.std[i]), given))
-    return [agree('latents of the trajectory', ours.latents, theirs.latents, atol=1e-3), agree('log-probs of the trajectory', ours.log_probs, theirs.log_probs, atol=1e-4),
-            agree('log-probs of given transitions', *(torch.stack(p) for p in zip(*pairs)))]
+    return [check_same('latents of the trajectory', ours.latents, theirs.latents, atol=1e-3),
+            check_same('log-probs of the trajectory', ours.log_probs, theirs.log_probs, atol=1e-4),
+            check_same('log-probs of given transitions', *(torch.stack(p) for p in zip(*pairs)))]
 
 
 def move_weights(
@@ -166,28 +191,31 @@ def all_weights(
 
 def check_training(
     twins: Twins, # the sides
-) -> list[dict]: # of `agree`
-    """On the same trajectory the same losses under weights that have moved since; and the same weights after one update. AdamW's first step is close to
-    the sign of the gradient: where the gradient is of the size of its rounding a single weight may differ, so their norm is checked besides."""
+) -> list[dict]: # of `check_same`
+    """On the same trajectory the same losses under weights that have moved since; and the same weights after one update.
+    AdamW's first step is close to the sign of the gradient: where the gradient is of the size of its rounding a single weight
+    may differ, so their norm is checked besides."""
     trajectory, advantages = our_sample(twins), some_advantages(len(twins.noise), twins.ours.device)
     theirs, training = trl_samples(twins.context, trajectory, advantages), our_training(twins, trajectory, advantages)
     move_weights(twins.ours.unet, twins.trainer.sd_pipeline.unet)
     before = all_weights(twins.ours.unet)
     a, b = our_losses(twins, training), trl_losses(twins.trainer, theirs[0])
-    loss = agree('loss of every minibatch', a[:, 0], b[:, 0], atol=1e-7) | dict(clipfrac=b[:, 2].mean().item(), approx_kl=b[:, 1].mean().item())
-    our_update(twins, training); trl_update(twins.trainer, theirs)
+    loss = check_same('loss of every minibatch', a[:, 0], b[:, 0], atol=1e-7)
+    loss |= dict(clipfrac=b[:, 2].mean().item(), approx_kl=b[:, 1].mean().item())
+    our_update(twins, training)
+    trl_update(twins.trainer, theirs)
     a, b = (all_weights(u) - before for u in (twins.ours.unet, twins.trainer.sd_pipeline.unet))
     share = ((a - b).norm() / b.norm()).item()
-    weights = agree('change of the weights by one update', a, b, rtol=0, atol=.2 * twins.config.learning_rate) | dict(relative_norm_of_difference=share)
+    change = check_same('change of the weights by one update', a, b, rtol=0, atol=.2 * twins.config.learning_rate)
     if share > 1e-3: raise Disagreement(f'The updates differ by {share:.2g} of their norm; expected at most 1e-3.')
-    return [loss, weights]
+    return [loss, change | dict(relative_norm_of_difference=share)]
 
 
 def check_all(
     settings, # of the run
     batch: int = 4, # samples
-) -> list[dict]: # of `agree`
-    "Everything that must agree before anything is timed; in full float32. Raises Disagreement."
+) -> list[dict]: # of `check_same`
+    "Everything that must be the same before anything is timed; in full float32. Raises Disagreement."
     twins = make_twins(settings, batch)
     with full_precision(): return check_sampling(twins) + check_training(twins)
 
@@ -198,7 +226,8 @@ def sampling_row(
 ) -> dict: # of `compare`
     "One batch size."
     twins = make_twins(settings, batch)
-    return compare(f'batch {batch}', lambda: our_sample(twins), lambda: trl_sample(twins.trainer, twins.context, twins.noise), settings)
+    def theirs(): return trl_sample(twins.trainer, twins.context, twins.noise)
+    return compare(f'batch {batch}', lambda: our_sample(twins), theirs, settings)
 
 
 def training_row(
@@ -217,8 +246,9 @@ def rows_of(
     part: str, # 'sampling' or 'training'
     settings, # of the run
 ) -> list[dict]: # a row for each batch size
-    """sampling: seconds to draw a trajectory with its log-probs from given noise and encoded prompts, without decoding. training: seconds of one update
-    on a given trajectory: forward and backward for each timestep on the whole batch, norm clipped, one AdamW step."""
+    """sampling: seconds to draw a trajectory with its log-probs from given noise and encoded prompts, without decoding.
+    training: seconds of one update on a given trajectory: forward and backward for each timestep on the whole batch, norm
+    clipped, one AdamW step."""
     rows = []
     for batch in settings.batch_sizes:
         rows.append(dict(sampling=sampling_row, training=training_row)[part](settings, batch))

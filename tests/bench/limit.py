@@ -1,10 +1,12 @@
-"""Against the limit: achieved floating-point operations a second over those of a large matrix product on the same device; and what a LoRA needs in memory"""
+"""Against the limit: achieved operations a second over those of a large matrix product; and what a LoRA needs in memory"""
+import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from ddpo_tutorial.pipelines import Context, add_lora, encode_prompts, save_memory
-from ddpo_tutorial.sampling import noise_like, predict, sample
-from ddpo_tutorial.training import TrainConfig, collect, make_optimizer, make_scaler, train, update
+from ddpo_tutorial.configs import Config
+from ddpo_tutorial.pipelines import Context, add_lora, compute_dtype, encode_prompts, save_memory
+from ddpo_tutorial.sampling import make_generators, predict, sample
+from ddpo_tutorial.training import autocast, collect, new_state, train, update
 
 from recipe import brightness
 from timing import give_back, in_turn, peak_growth, print_row, ratios
@@ -35,8 +37,9 @@ def predict_flops(
 ) -> int: # floating-point operations; a multiply-add counts as two
     "What one guided prediction for B samples costs: matrix products, convolutions and attention, counted while they run."
     side, n = pipe.unet.config.sample_size, len(context.text)
-    x = noise_like((n, pipe.unet.config.in_channels, side, side), torch.Generator().manual_seed(0), pipe.device)
-    with FlopCounterMode(display=False) as counter: predict(pipe.unet, x, torch.tensor(500, device=pipe.device), context, guidance_scale)
+    x = torch.randn(n, pipe.unet.config.in_channels, side, side, device=pipe.device)
+    with FlopCounterMode(display=False) as counter, autocast(Config(), pipe):
+        predict(pipe.unet, x, torch.tensor(500, device=pipe.device), context, guidance_scale)
     return counter.get_total_flops()
 
 
@@ -51,7 +54,8 @@ def fraction(
     try: times = in_turn(dict(work=work, product=product), settings.device, settings.repeats)
     except torch.OutOfMemoryError: return dict(case=case, note='does not fit into this memory')
     tflops = dict(work=[flops / s / 1e12 for s in times['work']], product=[product.flops / s / 1e12 for s in times['product']])
-    row = dict(case=case, flops=flops, times=times, tflops=tflops, ratios=ratios(tflops, 'work', 'product'), memory=dict(work=peak_growth(work, settings.device)))
+    row = dict(case=case, flops=flops, times=times, tflops=tflops, ratios=ratios(tflops, 'work', 'product'),
+               memory=dict(work=peak_growth(work, settings.device)))
     print_row('limit', row, 'of the product')
     return row
 
@@ -63,9 +67,10 @@ def sampling_rows(
     "Sampling in the package's own precision: nothing but forward passes."
     pipe, rows = settings.pipeline(), []
     for batch in settings.batch_sizes:
-        context, generator = encode_prompts(pipe, settings.prompts(batch)), torch.Generator().manual_seed(0)
+        context, generators = encode_prompts(pipe, settings.prompts(batch)), make_generators(range(batch))
         flops = settings.steps * predict_flops(pipe, context, settings.guidance_scale)
-        work = lambda: sample(pipe, context, generator, settings.steps, settings.guidance_scale)
+        def work():
+            with autocast(Config(), pipe): sample(pipe, context, generators, settings.steps, settings.guidance_scale)
         rows.append(fraction(f'sampling, batch {batch}', work, flops, product, settings))
     return rows
 
@@ -78,11 +83,12 @@ def training_row(
 ) -> dict: # a row
     "An update of 4 samples: forward and backward passes of all (sample, timestep) pairs, the norm clipped, one AdamW step."
     pipe = save_memory(settings.pipeline(), gradient_checkpointing=checkpointing)
-    config = TrainConfig(samples_per_epoch=4, updates_per_epoch=1, num_inference_steps=settings.recipe['steps'], guidance_scale=settings.guidance_scale, minibatch_size=minibatch)
-    batch = collect(config, pipe, brightness, settings.prompts(4), torch.Generator().manual_seed(0))
+    config = Config(samples_per_epoch=4, updates_per_epoch=1, num_inference_steps=settings.recipe['steps'],
+                    guidance_scale=settings.guidance_scale, minibatch_size=minibatch)
+    batch = collect(config, pipe, brightness, settings.prompts(4), list(range(4)))
     flops = config.num_inference_steps * predict_flops(pipe, batch.context, config.guidance_scale) * (1 + BACKWARD + checkpointing)
-    optimizer, scaler, generator = make_optimizer(config, pipe), make_scaler(pipe), torch.Generator().manual_seed(0)
-    work = lambda: update(config, pipe, optimizer, batch, torch.linspace(-1, 2, 4), generator, scaler)
+    state, rng = new_state(config, pipe), np.random.default_rng(0)
+    def work(): update(config, pipe, state, batch, torch.linspace(-1, 2, 4), rng)
     return fraction(f'training, minibatch {minibatch}' + ', checkpointing' * checkpointing, work, flops, product, settings)
 
 
@@ -92,7 +98,9 @@ def limit_part(
     "Sampling and training against the matrix product."
     product = Product(settings.device)
     rows = sampling_rows(settings, product)
-    for minibatch in settings.batch_sizes: rows.append(training_row(settings, product, minibatch)); give_back()
+    for minibatch in settings.batch_sizes:
+        rows.append(training_row(settings, product, minibatch))
+        give_back()
     if settings.device == 'cuda': rows.append(training_row(settings, product, max(settings.batch_sizes), checkpointing=True))
     return rows
 
@@ -110,8 +118,9 @@ def lora_row(
     checkpointing: bool, # of the UNet
 ) -> dict: # a row
     "Peak memory of everything a LoRA of rank 4 needs: weights, sampling and decoding one by one, training."
-    pipe = save_memory(add_lora(settings.pipeline(), 4), gradient_checkpointing=checkpointing)
-    config = TrainConfig(num_epochs=1, samples_per_epoch=4, sample_batch_size=1, updates_per_epoch=1, num_inference_steps=3, minibatch_size=minibatch)
+    pipe = save_memory(add_lora(settings.pipeline(compute_dtype(settings.device)), 4), gradient_checkpointing=checkpointing)
+    config = Config(num_epochs=1, samples_per_epoch=4, sample_batch_size=1, updates_per_epoch=1, num_inference_steps=3,
+                    minibatch_size=minibatch)
     case = f'LoRA, minibatch {minibatch}' + ', checkpointing' * checkpointing
     give_back()
     try: growth = peak_growth(lambda: train(config, pipe, brightness, settings.prompts(4)), settings.device)
@@ -127,6 +136,7 @@ def lora_part(
     rows = []
     for checkpointing in (False, True):
         for minibatch in (1, 2) if settings.quick else (1, 2, 4, 8):
-            rows.append(lora_row(settings, minibatch, checkpointing)); give_back()
+            rows.append(lora_row(settings, minibatch, checkpointing))
+            give_back()
             print(f'lora, {rows[-1]}', flush=True)
     return rows

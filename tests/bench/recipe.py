@@ -1,30 +1,35 @@
 """The original tutorial's recipe, written afresh as the baseline: what it does and in which order, nothing of its code
 
-Float32 with TF32; one backward pass a timestep at batch 4; the prompts and as many empty ones encoded again for every minibatch; gradient checkpointing;
-losses summed over the timesteps; statistics updated for each sampling batch; fastprogress bars for batches and timesteps.
+Float32 with TF32; one backward pass a timestep at batch 4; the prompts and as many empty ones encoded again for every
+minibatch; gradient checkpointing; losses summed over the timesteps; statistics updated for each sampling batch; fastprogress
+bars for batches and timesteps.
 """
 import io
 from contextlib import redirect_stdout
+from dataclasses import replace
 
+import numpy as np
 import torch
 from fastprogress.fastprogress import master_bar, progress_bar
 
-from ddpo_tutorial.advantages import PerPromptStatTracker
+from ddpo_tutorial.configs import Config
 from ddpo_tutorial.pipelines import decode_latents
 from ddpo_tutorial.prompts import draw_prompts
 from ddpo_tutorial.sampling import gaussian_log_prob, make_schedule
-from ddpo_tutorial.training import TrainConfig, accumulate, collect, make_optimizer, train
+from ddpo_tutorial.training import State, accumulate, collect, new_state, train
 
 from timing import compare
 
 
 def recipe_config(
     settings, # of the run
-) -> TrainConfig: # an epoch of the original settings; our side runs it as it is
-    "The original's numbers: 128 samples in batches of 32, 50 steps, guidance 5, an update every 4 samples; on a CPU fewer samples and steps."
+) -> Config: # an epoch of the original settings; our side runs it with another minibatch size
+    """The original's numbers: 128 samples in batches of 32, 50 steps, guidance 5, an update every 4 samples; on a CPU fewer
+    samples and steps."""
     numbers = settings.recipe
-    return TrainConfig(num_epochs=1, samples_per_epoch=numbers['samples'], sample_batch_size=numbers['sample_batch_size'], num_inference_steps=numbers['steps'],
-        guidance_scale=5., updates_per_epoch=numbers['samples'] // 4, learning_rate=5e-6, clip_range=1e-4, buffer_size=32, min_count=16)
+    return Config(num_epochs=1, samples_per_epoch=numbers['samples'], sample_batch_size=numbers['sample_batch_size'],
+        num_inference_steps=numbers['steps'], guidance_scale=5., updates_per_epoch=numbers['samples'] // 4,
+        learning_rate=5e-6, clip_range=1e-4, buffer_size=32, min_count=16)
 
 
 def encode_both(
@@ -32,8 +37,8 @@ def encode_both(
     prompts: list[str], # N
 ) -> torch.Tensor: # (2N, L, D): N times the empty prompt, then the prompts
     "Encode prompts and as many empty ones, whatever has been encoded before."
-    ids = pipe.tokenizer([''] * len(prompts) + list(prompts), padding='max_length', truncation=True, max_length=pipe.tokenizer.model_max_length, return_tensors='pt').input_ids
-    with torch.no_grad(): return pipe.text_encoder(ids.to(pipe.device))[0]
+    tokens = pipe.tokenizer([''] * len(prompts) + list(prompts), padding='max_length', truncation=True, return_tensors='pt')
+    with torch.no_grad(): return pipe.text_encoder(tokens.input_ids.to(pipe.device))[0]
 
 
 def guided(
@@ -64,7 +69,7 @@ def transition(
 def draw_batch(
     pipe, # StableDiffusionPipeline
     prompts: list[str], # N
-    config: TrainConfig, # steps and guidance
+    config: Config, # steps and guidance
 ): # latents (T+1, N, C, H, W), log-probs (T, N)
     "Sample one batch."
     embeds, side = encode_both(pipe, prompts), pipe.unet.config.sample_size
@@ -73,31 +78,34 @@ def draw_batch(
     for t in pipe.scheduler.timesteps:
         mean, std = transition(pipe.scheduler, guided(pipe, x, t, embeds, config.guidance_scale), t, x)
         x = mean + std * torch.randn_like(mean)
-        latents.append(x); log_probs.append(gaussian_log_prob(x, mean, std))
+        latents.append(x)
+        log_probs.append(gaussian_log_prob(x, mean, std))
     return torch.stack(latents), torch.stack(log_probs)
 
 
 def draw_epoch(
-    config: TrainConfig, # sizes
+    config: Config, # sizes
     pipe, # StableDiffusionPipeline
     reward, # reward(images, prompts) -> (B,)
     prompts: list[str], # to draw from
-    tracker: PerPromptStatTracker, # updated for each batch
+    state: State, # its tracker is updated for each batch
     bar, # a master_bar
 ): # prompts, latents (T+1, B, C, H, W), log-probs (T, B), advantages (B,)
     "Sample, decode and score an epoch, a batch at a time."
-    texts, latents, log_probs, advantages = [], [], [], []
+    texts, latents, log_probs, advantages, rng = [], [], [], [], np.random.default_rng(config.seed)
     for _ in progress_bar(range(config.samples_per_epoch // config.sample_batch_size), parent=bar):
-        batch = draw_prompts(prompts, config.sample_batch_size, torch.default_generator)
+        batch = draw_prompts(prompts, config.sample_batch_size, rng)
         path, old = draw_batch(pipe, batch, config)
         with torch.no_grad(): scores = reward(decode_latents(pipe, path[-1]), batch)
-        advantages.append(torch.as_tensor(tracker.update(batch, scores), dtype=torch.float32))
-        texts += batch; latents.append(path); log_probs.append(old)
+        advantages.append(torch.as_tensor(state.tracker.update(batch, scores), dtype=torch.float32))
+        texts += batch
+        latents.append(path)
+        log_probs.append(old)
     return texts, torch.cat(latents, 1), torch.cat(log_probs, 1), torch.cat(advantages).to(pipe.device)
 
 
 def add_gradients(
-    config: TrainConfig, # guidance, clip range
+    config: Config, # guidance, clip range
     pipe, # StableDiffusionPipeline
     prompts: list[str], # of the minibatch
     latents: torch.Tensor, # (T+1, N, C, H, W)
@@ -117,29 +125,31 @@ def add_gradients(
 
 
 def recipe_epoch(
-    config: TrainConfig, # of `recipe_config`
+    config: Config, # of `recipe_config`
     pipe, # float32, with gradient checkpointing
     reward, # reward(images, prompts) -> (B,)
     prompts: list[str], # to draw from
 ) -> None:
     "One epoch of the recipe, with its optimizer."
-    optimizer, tracker = make_optimizer(config, pipe), PerPromptStatTracker(config.buffer_size, config.min_count)
+    state = new_state(config, pipe)
     pipe.scheduler.set_timesteps(config.num_inference_steps, device=pipe.device)
     with redirect_stdout(io.StringIO()): # its bars, drawn but not shown
         bar = master_bar(range(1))
         for _ in bar:
-            texts, latents, old, advantages = draw_epoch(config, pipe, reward, prompts, tracker, bar)
+            texts, latents, old, advantages = draw_epoch(config, pipe, reward, prompts, state, bar)
             for rows in torch.randperm(len(texts), device=pipe.device).split(4):
-                add_gradients(config, pipe, [texts[i] for i in rows.tolist()], latents[:, rows], old[:, rows], advantages[rows], bar)
+                some = [texts[i] for i in rows.tolist()]
+                add_gradients(config, pipe, some, latents[:, rows], old[:, rows], advantages[rows], bar)
                 torch.nn.utils.clip_grad_norm_(pipe.unet.parameters(), config.max_grad_norm)
-                optimizer.step(); optimizer.zero_grad()
+                state.optimizer.step()
+                state.optimizer.zero_grad()
 
 
 def brightness(
     images: torch.Tensor, # (B, 3, H, W)
     prompts: list[str], # B
 ) -> torch.Tensor: # (B,)
-    "A reward that costs nothing, so that both sides are measured without a judge."
+    "A reward that costs nothing, so that both sides are measured without a predictor."
     return images.mean((1, 2, 3))
 
 
@@ -153,19 +163,24 @@ def gradient(
 def check_recipe(
     settings, # of the run
 ) -> list[dict]: # one check
-    "The recipe's gradient of a minibatch is T times ours, in float32: the same direction, the sum where we take the mean. Raises ValueError."
-    pipe, config = settings.pipeline(torch.float32), recipe_config(settings)
+    """The recipe's gradient of a minibatch is T times ours, in float32: the same direction, the sum where we take the mean.
+    Raises ValueError."""
+    pipe, config = settings.pipeline(), replace(recipe_config(settings), dtype='float32')
     texts = settings.prompts(4)
-    batch = collect(config, pipe, brightness, texts, torch.Generator().manual_seed(0))
-    advantages, pairs = torch.linspace(-1, 2, 4, device=pipe.device), torch.cartesian_prod(torch.arange(config.num_inference_steps), torch.arange(4))
-    accumulate(config, pipe, make_schedule(pipe.scheduler, config.num_inference_steps, 1., pipe.device), batch, advantages, pairs.to(pipe.device))
+    batch = collect(config, pipe, brightness, texts, list(range(4)))
+    advantages = torch.linspace(-1, 2, 4, device=pipe.device)
+    pairs = torch.cartesian_prod(torch.arange(config.num_inference_steps), torch.arange(4))
+    schedule = make_schedule(pipe.scheduler, config.num_inference_steps, config.eta, pipe.device)
+    accumulate(config, pipe, schedule, batch, advantages, pairs, new_state(config, pipe).scaler)
     ours = gradient(pipe.unet)
-    pipe.unet.zero_grad(); pipe.unet.enable_gradient_checkpointing()
+    pipe.unet.zero_grad()
+    pipe.unet.enable_gradient_checkpointing()
     pipe.scheduler.set_timesteps(config.num_inference_steps, device=pipe.device)
     add_gradients(config, pipe, texts, batch.trajectory.latents, batch.trajectory.log_probs, advantages)
     theirs = gradient(pipe.unet) / config.num_inference_steps
     share = ((ours - theirs).norm() / theirs.norm()).item()
-    if share > 1e-2: raise ValueError(f'Our gradient and the recipe\'s differ by {share:.2g} of their norm; expected at most 1e-2. Nothing was timed.')
+    if share > 1e-2:
+        raise ValueError(f"Our gradient and the recipe's differ by {share:.2g} of their norm; expected at most 1e-2. Nothing was timed.")
     return [dict(what="gradient of a minibatch, against the recipe's by T", relative_norm_of_difference=share)]
 
 
@@ -173,18 +188,19 @@ def minibatch_that_fits(
     settings, # of the run
 ) -> int: # pairs a forward pass
     "The default on a CPU; on CUDA what a large card holds without checkpointing at 512 pixels."
-    return TrainConfig().minibatch_size if settings.device == 'cpu' else 16
+    return Config().minibatch_size if settings.device == 'cpu' else 16
 
 
 def recipe_part(
     settings, # of the run
 ) -> list[dict]: # one row
-    "Seconds of an epoch: sampling, decoding, training. Ours: the same samples, steps, updates and optimizer, the package's own precision, sizes that fit the device."
-    theirs = settings.pipeline(torch.float32)
+    """Seconds of an epoch: sampling, decoding, training. Ours: the same samples, steps, updates and optimizer, products in
+    the package's own precision, sizes that fit the device."""
+    ours, theirs, prompts = settings.pipeline(), settings.pipeline(), settings.prompts(45)
     theirs.unet.enable_gradient_checkpointing()
-    ours, config = settings.pipeline(), recipe_config(settings)
-    our_config = recipe_config(settings)
-    our_config.minibatch_size, prompts = minibatch_that_fits(settings), settings.prompts(45)
+    config = recipe_config(settings)
+    our_config = replace(config, minibatch_size=minibatch_that_fits(settings))
     case = f'epoch of {config.samples_per_epoch} samples, {config.num_inference_steps} steps, {config.updates_per_epoch} updates'
-    row = compare(case, lambda: train(our_config, ours, brightness, prompts), lambda: recipe_epoch(config, theirs, brightness, prompts), settings)
-    return [row | dict(minibatch_size=our_config.minibatch_size)]
+    def our_epoch(): return train(our_config, ours, brightness, prompts)
+    def their_epoch(): return recipe_epoch(config, theirs, brightness, prompts)
+    return [compare(case, our_epoch, their_epoch, settings) | dict(minibatch_size=our_config.minibatch_size)]

@@ -1,13 +1,18 @@
 """What a run of the benchmark is given, the models it measures, and what it writes down about where it ran"""
 import os
 import platform
+import sys
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 import torch
 
-from ddpo_tutorial.pipelines import load_pipeline, sd_shaped_pipeline
+from ddpo_tutorial.pipelines import load_pipeline
 from ddpo_tutorial.prompts import fill_template, simple_animals
+
+sys.path.append(str(Path(__file__).parents[1])) # tests/, for sd_shape
+from sd_shape import sd_shaped_pipeline # noqa: E402
 
 LIBRARIES = ('ddpo_tutorial', 'torch', 'diffusers', 'transformers', 'accelerate', 'peft', 'trl', 'fastprogress')
 
@@ -26,7 +31,7 @@ class Settings:
     guidance_scale: float = 2. # of the identical work
 
     def pipeline(self,
-        dtype: torch.dtype | None = None, # of the frozen parts and of the UNet's products; by default the package's choice for the device
+        dtype: torch.dtype = torch.float32, # of all weights
     ): # StableDiffusionPipeline, the same weights at every call
         "The model that is measured."
         if self.model == 'tiny': return load_pipeline('tiny', self.device, dtype)
@@ -47,12 +52,13 @@ def for_device(
     model: str | None = None, # by default tiny on a CPU, sd on CUDA
     image_size: int = 512, # of sd
 ) -> Settings: # complete
-    "What fits a device: on a CPU the tiny model and an epoch of the recipe scaled down, on CUDA Stable Diffusion's shape and the recipe's own numbers."
+    """What fits a device: on a CPU the tiny model and an epoch of the recipe scaled down, on CUDA Stable Diffusion's shape
+    and the recipe's own numbers."""
     small = device == 'cpu'
     recipe = dict(samples=32, sample_batch_size=32, steps=10) if small else dict(samples=128, sample_batch_size=32, steps=50)
-    settings = Settings(device, model or ('tiny' if small else 'sd'), image_size, (1, 4, 16, 64) if small else (1, 4, 16), 10, recipe, repeats, quick)
-    if quick: settings.batch_sizes, settings.steps, settings.recipe = (1, 4), 3, dict(samples=8, sample_batch_size=4, steps=3)
-    return settings
+    batch_sizes, steps = (1, 4, 16, 64) if small else (1, 4, 16), 10
+    if quick: batch_sizes, steps, recipe = (1, 4), 3, dict(samples=8, sample_batch_size=4, steps=3)
+    return Settings(device, model or ('tiny' if small else 'sd'), image_size, batch_sizes, steps, recipe, repeats, quick)
 
 
 def installed(
@@ -67,5 +73,7 @@ def describe(
     settings: Settings, # of the run
 ) -> dict: # numbers and words, for the JSON and the head of the table
     "Where and with what a part was measured; nothing that names the machine."
-    hardware = torch.cuda.get_device_name() if settings.device == 'cuda' else f'{len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()} CPU cores'
-    return dict(hardware=hardware, threads=torch.get_num_threads(), python=platform.python_version(), **{name: installed(name) for name in LIBRARIES}, settings=asdict(settings))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+    hardware = torch.cuda.get_device_name() if settings.device == 'cuda' else f'{cores} CPU cores'
+    return dict(hardware=hardware, threads=torch.get_num_threads(), python=platform.python_version(),
+                **{name: installed(name) for name in LIBRARIES}, settings=asdict(settings))

@@ -1,13 +1,17 @@
-"""Time to reward: seconds of training until the evaluation reward has risen by one initial standard deviation; ours at its defaults, TRL at its best settings"""
+"""Time to reward: seconds of training until the evaluation reward has risen by one initial standard deviation
+
+Ours at its defaults, TRL at its best settings.
+"""
 import math
 import time
 
 import torch
 
+from ddpo_tutorial.configs import Config
 from ddpo_tutorial.pipelines import load_pipeline
 from ddpo_tutorial.prompts import fill_template, simple_animals
 from ddpo_tutorial.rewards import tiny_aesthetic
-from ddpo_tutorial.training import TrainConfig, evaluate, train
+from ddpo_tutorial.training import evaluate, train
 
 from trl_side import make_trainer
 
@@ -21,7 +25,7 @@ class Reached(Exception):
 class Curve:
     "A run as it goes on: the evaluation reward after every epoch, and the seconds its epochs took; evaluations are not counted."
     def __init__(self,
-        config: TrainConfig, # the sampling settings of the evaluation
+        config: Config, # the sampling settings of the evaluation
         pipe, # StableDiffusionPipeline in training
         reward, # reward(images, prompts) -> (B,)
         aim: float = 1., # gain to reach, in initial standard deviations
@@ -41,7 +45,8 @@ class Curve:
         seconds: float, # of the epoch
     ) -> None:
         "Evaluate after an epoch. Raises Reached when the gain is large enough."
-        self.means.append(self.rewards_now().mean().item()); self.seconds.append(self.seconds[-1] + seconds)
+        self.means.append(self.rewards_now().mean().item())
+        self.seconds.append(self.seconds[-1] + seconds)
         print(f'    epoch {len(self.means) - 1}: {self.seconds[-1]:.1f} s, gain {self.gains()[-1]:+.2f} sd', flush=True)
         if self.gains()[-1] >= self.aim: raise Reached
 
@@ -51,8 +56,9 @@ class Curve:
 
     def result(self) -> dict: # for the JSON
         "The run in numbers; `seconds_to_aim` is None when the aim was not reached."
+        epochs = list(range(len(self.means)))
         return dict(initial_mean=self.means[0], initial_sd=self.spread, means=self.means, gains=self.gains(), seconds=self.seconds,
-                    seconds_to_aim=crossing(self.seconds, self.gains(), self.aim), epochs_to_aim=crossing(list(range(len(self.means))), self.gains(), self.aim))
+                    seconds_to_aim=crossing(self.seconds, self.gains(), self.aim), epochs_to_aim=crossing(epochs, self.gains(), self.aim))
 
 
 def crossing(
@@ -70,10 +76,11 @@ def run_ours(
     device: str, # 'cpu' or 'cuda'
     seed: int, # of the run
     epochs: int, # at most
-    learning_rate: float, # the default of TrainConfig
+    learning_rate: float, # the default of Config
 ) -> dict: # of `Curve.result`
     "The package's `train` at its defaults."
-    config, pipe, reward = TrainConfig(num_epochs=epochs, seed=seed, learning_rate=learning_rate), load_pipeline('tiny', device), tiny_aesthetic(device)
+    config = Config(num_epochs=epochs, seed=seed, learning_rate=learning_rate)
+    pipe, reward = load_pipeline('tiny', device), tiny_aesthetic(device)
     curve = Curve(config, pipe, reward)
     try: train(config, pipe, reward, fill_template(simple_animals()), lambda epoch: curve.add(epoch.row['seconds']))
     except Reached: pass
@@ -86,10 +93,12 @@ def run_trl(
     epochs: int, # at most
     learning_rate: float, # AdamW's
 ) -> dict: # of `Curve.result`
-    "TRL's trainer with our epoch: 64 samples in one batch, 4 updates of 16 samples, each in one forward pass a timestep; statistics for each prompt as ours."
-    config, pipe, reward = TrainConfig(num_epochs=epochs, seed=seed, learning_rate=learning_rate), load_pipeline('tiny', device, torch.float32), tiny_aesthetic(device)
+    """TRL's trainer with our epoch: 64 samples in one batch, 4 updates of 16 samples, each in one forward pass a timestep;
+    statistics for each prompt as ours."""
+    config = Config(num_epochs=epochs, seed=seed, learning_rate=learning_rate)
+    pipe, reward = load_pipeline('tiny', device), tiny_aesthetic(device)
     prompts, generator = fill_template(simple_animals()), torch.Generator().manual_seed(seed)
-    draw = lambda: prompts[torch.randint(len(prompts), (), generator=generator).item()]
+    def draw(): return prompts[torch.randint(len(prompts), (), generator=generator).item()]
     curve = Curve(config, pipe, reward)
     trainer = make_trainer(pipe, config, config.samples_per_epoch // config.updates_per_epoch, reward, draw)
     step = 0
@@ -107,7 +116,8 @@ def planned(
 ) -> list[tuple]: # (side, factor of the default learning rate, seed), in the order they are run
     "Ours and TRL at our learning rate in turn, seed by seed; then TRL at others."
     seeds = (0,) if quick else (0, 1, 2)
-    return [(side, 1., seed) for seed in seeds for side in ('ours', 'trl')] + [('trl', factor, seed) for factor in (2., .5) for seed in seeds if not quick]
+    others = [('trl', factor, seed) for factor in (2., .5) for seed in seeds if not quick]
+    return [(side, 1., seed) for seed in seeds for side in ('ours', 'trl')] + others
 
 
 def reward_part(
@@ -116,7 +126,7 @@ def reward_part(
     keep, # called with all runs after each
 ) -> list[dict]: # all runs
     "Run what is missing. Each run is kept as soon as it is finished."
-    runs, default = [r for r in done], TrainConfig().learning_rate
+    runs, default = list(done), Config().learning_rate
     for side, factor, seed in planned(settings.quick):
         rate = factor * default
         if any((r['side'], r['seed']) == (side, seed) and math.isclose(r['learning_rate'], rate) for r in runs): continue

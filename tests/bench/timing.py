@@ -70,7 +70,8 @@ def spread(
 
 
 def give_back() -> None:
-    "Return freed memory to the GPU, and to the system where the C library can (glibc): else it would be used again, and growth would not be seen."
+    """Return freed memory to the GPU, and to the system where the C library can (glibc): else it would be used again, and
+    growth would not be seen."""
     gc.collect()
     if torch.cuda.is_available(): torch.cuda.empty_cache()
     try: ctypes.CDLL(None).malloc_trim(0)
@@ -88,7 +89,9 @@ def watched():
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
     try: yield peak
-    finally: stop.set(); thread.join()
+    finally:
+        stop.set()
+        thread.join()
 
 
 def peak_growth(
@@ -99,9 +102,11 @@ def peak_growth(
     CPU: growth of the resident size, sampled by a thread; call it outside of timings."""
     give_back()
     if torch.device(device).type == 'cuda':
-        synchronise(device); torch.cuda.reset_peak_memory_stats()
+        synchronise(device)
+        torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        work(); synchronise(device)
+        work()
+        synchronise(device)
         return torch.cuda.max_memory_allocated() - before
     before = psutil.Process().memory_info().rss
     with watched() as peak: work()
