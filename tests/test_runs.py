@@ -329,22 +329,25 @@ def test_without_a_key_or_a_network_wandb_is_offline(tmp_path, key):
 
 # slow
 
+def newest(folder): return max((p.name for p in checkpoints(folder / 'checkpoints')), default='')
+
 @pytest.mark.slow
 def test_killed_at_twenty_random_moments(tmp_path, capsys):
-    "SIGKILL, again and again, at any moment, in the middle of a write too: resumed, it ends as the run that was left alone."
-    args = [*FLAGS, '--watch-images', '2', '--num-epochs', '12', '--out']
+    """SIGKILL, at any moment of a start or of an epoch, in the middle of a write too: resumed, it ends as the run that was left alone.
+    Every other time the kill comes up to two seconds after a new checkpoint, so that the run gets on."""
+    args = [*FLAGS, '--num-epochs', '100', '--out']
     assert command(*args, 'alone', cwd=tmp_path).returncode == 0
-    rng, kills, words = random.Random(0), 0, [*args, 'run']
-    while kills < 20:
+    rng, words, moments = random.Random(0), [*args, 'run'], []
+    for kill in range(20):
+        before, deadline = newest(tmp_path / 'run'), time.monotonic() + 90
         process = subprocess.Popen([COMMAND, *words], cwd=tmp_path, env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        try: process.wait(rng.uniform(7, 16))
-        except subprocess.TimeoutExpired:
-            process.kill()
-            kills += 1
-        if process.wait() == 0: break
-        if (tmp_path / 'run' / 'config.yaml').exists(): words = ['--resume', 'run']
-        elif (tmp_path / 'run').exists(): words = [*args, f'run{kills}'] if any((tmp_path / 'run').iterdir()) else words
-    assert command('--resume', 'run', cwd=tmp_path).returncode == 0
-    with capsys.disabled(): print(f'\nkilled {kills} times')
-    assert kills >= 10
+        while kill % 2 == 0 and newest(tmp_path / 'run') == before and time.monotonic() < deadline: time.sleep(.02)
+        time.sleep(rng.uniform(0, 2) if kill % 2 == 0 else rng.uniform(0, 9))
+        process.kill()
+        moments.append((process.wait(), newest(tmp_path / 'run'), [p.name for p in (tmp_path / 'run' / 'checkpoints').glob('*.part')]))
+        words = ['--resume', 'run']
+    assert command(*words, cwd=tmp_path).returncode == 0
+    writing = sum(bool(parts) for _, _, parts in moments)
+    with capsys.disabled(): print(f'\nkilled {len(moments)} times, {writing} of them in a write')
+    assert all(code == -9 for code, _, _ in moments) and moments[-1][1] < 'epoch-00100.pt'
     is_the_same_run(tmp_path / 'run', tmp_path / 'alone')
