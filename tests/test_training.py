@@ -475,6 +475,7 @@ def test_parts_of_a_sum_have_columns(micro):
 
 # learning
 
+@pytest.mark.slow
 def test_a_reward_rises(tiny):
     "Two epochs of the defaults: with the sign of the loss, the advantages or the ratio wrong, the score would fall, or stay."
     config, reward, prompts = Config(num_epochs=2), tiny_aesthetic(), fill_template(simple_animals())
