@@ -26,10 +26,7 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     config.addinivalue_line('markers', 'slow: needs many minutes or much memory; runs with --slow')
 
-@pytest.hookimpl(tryfirst=True) # before pytest-xdist looks at the groups
 def pytest_collection_modifyitems(config, items):
-    "A file's tests stay in one process, for its fixtures; notebooks go wherever there is room, and come last."
-    items.sort(key=lambda item: item.path.name == 'test_notebooks.py')
+    "Slow tests are left out unless asked for."
     for item in items:
-        if item.path.name != 'test_notebooks.py': item.add_marker(pytest.mark.xdist_group(item.path.name))
         if item.get_closest_marker('slow') and not config.getoption('--slow'): item.add_marker(SKIP)

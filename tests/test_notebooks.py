@@ -27,15 +27,21 @@ def run_notebook(path, cwd=ROOT):
         return process.returncode, log.read(), used.ru_utime + used.ru_stime
 
 
-@pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: p.stem)
-def test_notebook_runs(path):
-    """Without an error and within the limit. Another process on the same machine makes every second longer, so a
-    notebook over the limit has a second try."""
-    code, log, spent = run_notebook(path)
-    assert code == 0, log[-4000:]
-    if spent > LIMIT: spent = min(spent, run_notebook(path)[2])
-    print(f'{path.stem}: {spent:.0f} s of CPU')
-    assert spent <= LIMIT, f'{spent:.0f} CPU seconds'
+def one_notebook(path):
+    "A class for each notebook: pytest-xdist keeps a class in one process, and puts each wherever there is room."
+    class Notebook:
+        def test_runs(self):
+            """Without an error and within the limit. Another process on the same machine makes every second longer, so
+            a notebook over the limit has a second try."""
+            code, log, spent = run_notebook(path)
+            assert code == 0, log[-4000:]
+            if spent > LIMIT: spent = min(spent, run_notebook(path)[2])
+            print(f'{path.stem}: {spent:.0f} s of CPU')
+            assert spent <= LIMIT, f'{spent:.0f} CPU seconds'
+    return Notebook
+
+
+for notebook in NOTEBOOKS: globals()[f'Test_{notebook.stem}'] = one_notebook(notebook)
 
 
 @pytest.mark.slow
