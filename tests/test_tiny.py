@@ -120,12 +120,28 @@ def seeds():
         return [{k: float(v) for k, v in row.items()} for row in csv.DictReader(f)]
 
 
-def test_stored_table_has_three_seeds_and_the_readme_says_which_miss_the_bar(seeds):
-    """1.5 first standard deviations on the trained animals, 0.75 on the unseen; and a seed that had the machine to itself took
-    at most 6 minutes."""
-    assert [r['seed'] for r in seeds] == [0, 1, 2] and min(r['minutes'] for r in seeds) <= 6
+def test_stored_table_has_three_seeds(seeds): assert [r['seed'] for r in seeds] == [0, 1, 2]
+
+
+MISSED = pytest.mark.xfail(strict=True, reason='missed by the stored run, and README says so')
+
+
+@pytest.mark.parametrize('seed', [0, pytest.param(1, marks=MISSED), 2])
+def test_stored_seed_reaches_the_bars(seeds, seed):
+    """Reward up by 1.5 first standard deviations on the trained animals, 0.75 on the unseen."""
+    assert seeds[seed]['trained_gain_in_sd'] >= 1.5 and seeds[seed]['unseen_gain_in_sd'] >= .75
+
+
+@pytest.mark.parametrize('seed', [pytest.param(0, marks=MISSED), 1, pytest.param(2, marks=MISSED)])
+def test_stored_seed_took_at_most_six_minutes(seeds, seed):
+    """Seeds 0 and 2 ran beside other work."""
+    assert seeds[seed]['minutes'] <= 6
+
+
+def test_the_readme_says_which_seeds_miss_the_bar(seeds):
     missed = [f"seed {r['seed']:.0f}" for r in seeds if r['trained_gain_in_sd'] < 1.5 or r['unseen_gain_in_sd'] < .75]
-    said = re.search(r'Below the gain of 1.5 that we ask of every seed: (.*?)\.', (ROOT / 'README.md').read_text(encoding='utf-8'))
+    readme = (ROOT / 'README.md').read_text(encoding='utf-8')
+    said = re.search(r'Below the gain of 1.5 that we ask of every seed: (.*?)\.', readme)
     assert missed == (said[1].split(', ') if said else [])
 
 
