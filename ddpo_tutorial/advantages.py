@@ -6,6 +6,7 @@
 __all__ = ['standardise', 'as_rewards', 'PerPromptStatTracker']
 
 # %% ../nbs/05_advantages.ipynb #82474dc3
+import warnings
 from collections import deque
 
 import numpy as np
@@ -26,7 +27,7 @@ def as_rewards(
     rewards, # B numbers: a list, an array or a tensor
 ) -> np.ndarray: # (B,) float64
     """Rewards as floats, one a prompt. Raises TypeError when prompts is one string, ValueError for no prompts, another
-    shape or numbers that are not finite."""
+    shape or numbers that are not finite. Warns when all are equal."""
     if isinstance(prompts, str): raise TypeError(f'prompts is the string {prompts!r}; expected a list, one a reward.')
     if len(prompts) == 0: raise ValueError('There are no prompts; expected at least one, with its reward.')
     rewards = np.asarray(rewards.detach().cpu() if hasattr(rewards, 'detach') else rewards, dtype=np.float64)
@@ -36,6 +37,8 @@ def as_rewards(
     if len(bad):
         raise ValueError(f'The reward of {prompts[bad[0]]!r} is {rewards[bad[0]]}, and {len(bad)} of {len(rewards)} are '
                          'not finite; expected finite numbers. Check the reward function.')
+    if len(rewards) > 1 and np.ptp(rewards) == 0:
+        warnings.warn(f'All {len(rewards)} rewards are {rewards[0]:g}: there is nothing to learn from.')
     return rewards
 
 # %% ../nbs/05_advantages.ipynb #13f7fa11

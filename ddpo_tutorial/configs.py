@@ -33,9 +33,9 @@ Finite = Annotated[float, Field(allow_inf_nan=False)]
 REWARDS = ('aesthetic', 'similarity', 'pickscore', 'alignment', 'compressibility', 'incompressibility')
 
 def check_model(model: str) -> str:
-    "Raises ValueError for what can be no model. Whether a hub has it is not asked here."
+    "Raises ValueError for what can be no model. What is in it, and whether a hub has it, is looked at later."
     path = Path(model).expanduser()
-    if model == 'tiny' or (path / 'model_index.json').is_file(): return model
+    if model == 'tiny' or path.is_file() or (path / 'model_index.json').is_file(): return model
     if not path.exists() and re.fullmatch(r'[\w-][\w.-]*/[\w.-]+', model): return model
     raise ValueError(f"there is no model {model!r}; expected 'tiny', a folder that save_pretrained has written, or a "
                      'hub id such as CompVis/stable-diffusion-v1-4')
@@ -161,6 +161,7 @@ class Command:
     settings: tyro.conf.OmitArgPrefixes[Config] = Field(default_factory=Config)
     config: str = '' # a shipped configuration (tiny, sd-original, sd-lora-16gb, ...) or a YAML file; flags win
     resume: str = '' # the folder of a run to go on with, from its newest checkpoint and with its own settings
+    export: str = '' # a checkpoint, e.g. runs/x/checkpoints/epoch-00008.pt: write its LoRA or pipeline, and stop
     dry_run: bool = False # say what would be done, and stop
     debug: bool = False # show the traceback of an error
 
@@ -181,8 +182,8 @@ def check_same_run(
 def read_command(
     args: list[str] | None = None, # the command line; that of the process if not given
 ) -> Command: # checked
-    """Settings from flags, a file and defaults. Raises ValueError for a file that cannot be used or a setting that would
-    make it another run; for a wrong flag or value, tyro says so and leaves with exit code 2."""
+    """Settings from flags, a file and defaults. Raises ValueError for a file that cannot be used, a setting that would
+    make it another run, and another model without a file; for a wrong flag or value, tyro says so and leaves with exit code 2."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for name in ('--config', '--resume'): first.add_argument(name, default='')
     given, _ = first.parse_known_args(args)
@@ -193,6 +194,9 @@ def read_command(
         raise ValueError(f'{given.resume!r} is no run: it has no config.yaml. Expected a folder that ddpo_train has written.')
     settings = Config(**read_config(source)) if source else Config()
     command = tyro.cli(Command, prog='ddpo_train', args=args, default=Command(settings=settings))
+    if not source and command.settings.model != 'tiny':
+        raise ValueError(f"model={command.settings.model!r} would be trained with the tiny model's settings; expected --config with one of "
+                         f'{", ".join(shipped_configs())} (tiny, if these settings are wanted), or a YAML file.')
     if given.resume: check_same_run(settings, command.settings)
     return command
 
@@ -205,9 +209,9 @@ def main(
     for stream in (sys.stdout, sys.stderr): stream.reconfigure(errors='replace') # terminals lack letters
     try:
         command = read_command(args)
-        if not command.resume: find_prompts(command.settings.prompts, command.settings.template)
+        if not (command.resume or command.export): find_prompts(command.settings.prompts, command.settings.template)
     except ValueError as error:
         print(f'ddpo_train: {error}', file=sys.stderr)
         return 2
     from ddpo_tutorial.runs import run_command # here, because it imports PyTorch
-    return run_command(command.settings, command.resume, command.dry_run, command.debug)
+    return run_command(command)

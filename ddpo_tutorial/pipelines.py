@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['tiny_folder', 'to_pil', 'fit_text', 'contact_sheet', 'Context', 'check_prompts', 'warn_if_cut', 'encode_prompts',
-           'decode_latents', 'prepare', 'compute_dtype', 'read_index', 'try_load', 'without_bars', 'load_pipeline',
-           'has_lora', 'add_lora', 'save_trained', 'save_memory']
+           'decode_latents', 'ddim_scheduler', 'prepare', 'compute_dtype', 'read_json', 'try_load', 'without_bars',
+           'find_model', 'find_variant', 'load_pipeline', 'has_lora', 'add_lora', 'trained_parameters', 'save_trained',
+           'save_memory']
 
 # %% ../nbs/00_pipelines.ipynb #f90ce6c9
 import json
@@ -96,8 +97,9 @@ def encode_prompts(
     unique = list(dict.fromkeys(['', *check_prompts(prompts)]))
     texts = pipe.maybe_convert_prompt(unique, pipe.tokenizer)
     warn_if_cut(pipe.tokenizer, texts)
-    tokens = pipe.tokenizer(texts, padding='max_length', truncation=True, return_tensors='pt')
-    encoded = pipe.text_encoder(tokens.input_ids.to(pipe.device))[0]
+    tokens = pipe.tokenizer(texts, padding='max_length', truncation=True, return_tensors='pt').to(pipe.device)
+    masked = getattr(pipe.text_encoder.config, 'use_attention_mask', False)
+    encoded = pipe.text_encoder(tokens.input_ids, tokens.attention_mask if masked else None)[0]
     return Context(encoded[[unique.index(p) for p in prompts]], encoded[:1])
 
 # %% ../nbs/00_pipelines.ipynb #5b22d034
@@ -106,12 +108,23 @@ def decode_latents(
     latents: torch.Tensor, # (B, C, h, w)
     batch_size: int = 32, # images decoded at once; a matter of memory only
 ) -> torch.Tensor: # images (B, 3, H, W), float32 in [0, 1]
-    "Decode latents to images. Differentiable; call it under `torch.no_grad()` where no gradient is wanted."
-    scaled = latents.to(pipe.vae.dtype) / pipe.vae.config.scaling_factor
-    images = torch.cat([pipe.vae.decode(x).sample for x in scaled.split(batch_size)])
+    """Decode latents to images; in float32 in place of float16, in which some VAEs overflow. Differentiable; call it under
+    `torch.no_grad()` where no gradient is wanted."""
+    vae = deepcopy(pipe.vae).float() if pipe.vae.dtype == torch.float16 else pipe.vae
+    scaled = latents.to(vae.dtype) / vae.config.scaling_factor
+    images = torch.cat([vae.decode(x).sample for x in scaled.split(batch_size)])
     return (images.float() / 2 + .5).clamp(0, 1)
 
 # %% ../nbs/00_pipelines.ipynb #a1c30f07
+def ddim_scheduler(config: dict) -> DDIMScheduler:
+    "DDIM with another scheduler's noise schedule. Warns of settings it changes. ValueError where there is no such schedule."
+    if 'beta_schedule' not in config: raise ValueError(f'The scheduler is {config.get("_class_name")}; expected one with a beta_schedule.')
+    wanted = dict(clip_sample=False, thresholding=False, set_alpha_to_one=False)
+    if config.get('timestep_spacing') == 'linspace': wanted['timestep_spacing'] = 'leading'
+    changed = {name: value for name, value in wanted.items() if config.get(name, value) != value}
+    if changed: warnings.warn(f'DDPO cannot train with the scheduler as it came; set are now {changed}.')
+    return DDIMScheduler.from_config(config, **wanted)
+
 def prepare(
     pipe: StableDiffusionPipeline, # changed in place
     device: str | torch.device, # where to
@@ -119,7 +132,7 @@ def prepare(
 ) -> StableDiffusionPipeline: # the same
     "One dtype, DDIM, evaluation mode, no progress bars; the UNet asks for gradients, the rest is frozen."
     pipe.set_progress_bar_config(disable=True)
-    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
+    pipe.scheduler = ddim_scheduler(pipe.scheduler.config)
     for part in (pipe.unet, pipe.vae, pipe.text_encoder):
         torch.nn.Module.to(part, device, dtype).eval().requires_grad_(part is pipe.unet) # diffusers' `to` warns
     return pipe
@@ -131,18 +144,20 @@ def compute_dtype(device: str | torch.device) -> torch.dtype:
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 # %% ../nbs/00_pipelines.ipynb #a1c30f11
-def read_index(source: str, revision: str | None) -> dict:
-    "The model_index.json of a folder or a hub id."
-    if Path(source).is_dir(): return json.loads(Path(source, 'model_index.json').read_text())
-    cached = try_to_load_from_cache(source, 'model_index.json', revision=revision)
+def read_json(source: str, file: str, revision: str | None) -> dict:
+    "A small file of a folder or a hub id."
+    if Path(source).is_dir(): return json.loads(Path(source, file).read_text())
+    cached = try_to_load_from_cache(source, file, revision=revision)
     if not isinstance(cached, str): HfApi().model_info(source, revision=revision, timeout=10)
-    return json.loads(Path(hf_hub_download(source, 'model_index.json', revision=revision)).read_text())
+    return json.loads(Path(hf_hub_download(source, file, revision=revision)).read_text())
 
 def try_load(load, source: str, **options):
     "`load(source, **options)`. Whatever it raises becomes a ValueError that says what was expected."
     try: return load(source, **options)
     except Exception as error:
         wanted = "'tiny', a folder written by save_pretrained, or a hub id owner/name. Check spelling and network"
+        if Path(source).is_file(): wanted = ('a folder. Make one: StableDiffusionPipeline.from_single_file(file, config=a folder or hub '
+                                             'id of the same kind).save_pretrained(folder)')
         reason = f'{type(error).__name__}: ' + str(error).partition('\n')[0]
         raise ValueError(f'{source!r} could not be loaded; expected {wanted}. ({reason})') from error
 
@@ -155,6 +170,27 @@ def without_bars():
     finally:
         for library in libraries: library.enable_progress_bar()
 
+# %% ../nbs/00_pipelines.ipynb #0981f236
+def find_model(model: str) -> tuple[str, str | None]: # where it is, and its revision
+    "Raises ValueError for a name that is no model, another class, and a UNet that reads more than latents, time and prompt."
+    source = str(tiny_folder()) if str(model) == 'tiny' else os.path.expanduser(str(model))
+    revision = {'CompVis/stable-diffusion-v1-4': '133a221b8aa7292a167afc5127cb63fb5005638b'}.get(source)
+    name = try_load(read_json, source, file='model_index.json', revision=revision).get('_class_name')
+    if name != 'StableDiffusionPipeline':
+        raise ValueError(f'{source!r} is a {name}; expected a StableDiffusionPipeline: Stable Diffusion 1 or 2, not SDXL, SD 3 or FLUX.')
+    unet = dict(in_channels=4, out_channels=4) | try_load(read_json, source, file='unet/config.json', revision=revision)
+    read = ('time_cond_proj_dim', 'class_embed_type', 'num_class_embeds', 'addition_embed_type', 'encoder_hid_dim_type')
+    more = [f'{key}={unet[key]}' for key in read if unet.get(key) is not None]
+    if unet['in_channels'] != unet['out_channels']: more.append(f'in_channels={unet["in_channels"]}')
+    if more: raise ValueError(f'The UNet of {source!r} has {", ".join(more)}; expected one that reads noisy latents, time and prompt '
+                              'and nothing more, unlike those for inpainting, or LCM.')
+    return source, revision
+
+def find_variant(source: str) -> str | None: # such as 'fp16'
+    "The variant of a folder's UNet, when there is no file without one."
+    names = [path.name.split('.') for path in Path(source, 'unet').glob('*') if path.suffix in ('.safetensors', '.bin')]
+    return names[0][1].partition('-')[0] if names and all(len(name) == 3 for name in names) else None
+
 # %% ../nbs/00_pipelines.ipynb #b9000fac
 def load_pipeline(
     model: str = 'tiny', # 'tiny', a diffusers folder, or a hub id 'owner/name'
@@ -162,15 +198,11 @@ def load_pipeline(
     dtype: torch.dtype = torch.float32, # of all weights; `compute_dtype` says what suits a LoRA on a GPU
 ) -> StableDiffusionPipeline: # one dtype, DDIM scheduler; the UNet asks for gradients, the rest does not
     """Load a Stable Diffusion 1.x or 2.x pipeline for training. On CUDA, float32 products use TF32.
-    Raises ValueError for a name that is no model, is another class, or cannot be loaded."""
+    Raises ValueError for what `find_model` refuses and for what cannot be loaded."""
     device = device or torch.accelerator.is_available() and torch.accelerator.current_accelerator() or 'cpu'
     if torch.device(device).type == 'cuda': torch.set_float32_matmul_precision('high')
-    source = str(tiny_folder()) if str(model) == 'tiny' else os.path.expanduser(str(model))
-    revision = {'CompVis/stable-diffusion-v1-4': '133a221b8aa7292a167afc5127cb63fb5005638b'}.get(source)
-    name = try_load(read_index, source, revision=revision).get('_class_name')
-    if name != 'StableDiffusionPipeline':
-        raise ValueError(f'{source!r} is a {name}; expected a StableDiffusionPipeline: Stable Diffusion 1 or 2, not SDXL, SD 3 or FLUX.')
-    options = dict(revision=revision, safety_checker=None, requires_safety_checker=False)
+    source, revision = find_model(model)
+    options = dict(revision=revision, variant=find_variant(source), safety_checker=None, requires_safety_checker=False)
     with without_bars() if Path(source).is_dir() else nullcontext():
         pipe = try_load(StableDiffusionPipeline.from_pretrained, source, **options)
     return prepare(pipe, device, dtype)
@@ -189,7 +221,6 @@ def add_lora(
     """Train a float32 LoRA (arXiv 2106.09685) of the UNet, with alpha = rank, and not the UNet itself.
     It wants a larger learning rate (published runs: 3e-4).
     Raises ValueError for a rank below 1, targets that the UNet has not, or a second LoRA."""
-    if rank < 1: raise ValueError(f'rank={rank}; expected at least 1. To train the whole UNet, leave add_lora away.')
     if has_lora(pipe): raise ValueError('The UNet carries a LoRA already; expected none. Load the pipeline anew to choose another rank.')
     names = [f'.{name}' for name, _ in pipe.unet.named_modules()]
     missing = [t for t in targets if not any(name.endswith(f'.{t}') for name in names)]
@@ -201,19 +232,36 @@ def add_lora(
     for p in filter(lambda p: p.requires_grad, pipe.unet.parameters()): p.data = p.data.float()
     return pipe
 
+# %% ../nbs/00_pipelines.ipynb #ecc99617
+def trained_parameters(pipe: StableDiffusionPipeline) -> list[torch.nn.Parameter]: # of the UNet
+    "What asks for gradients. Raises ValueError when nothing does, for weights that are not float32, and for several LoRAs."
+    weights = [p for p in pipe.unet.parameters() if p.requires_grad]
+    wrong = {str(p.dtype) for p in weights} - {'torch.float32'}
+    if wrong or not weights:
+        raise ValueError(f'The weights to be trained are {wrong or "none"}; expected float32. Load the pipeline in float32, '
+                         'or add a LoRA, and let it ask for gradients.')
+    loras = list(getattr(pipe.unet, 'peft_config', {}))
+    if len(loras) > 1:
+        raise ValueError(f'The UNet carries {len(loras)} LoRAs; expected one at most. Remove one: pipe.delete_adapters({loras[0]!r}).')
+    return weights
+
 # %% ../nbs/00_pipelines.ipynb #a1c30f15
 def save_trained(
     pipe: StableDiffusionPipeline, # after training
     folder: str | Path, # made if need be
+    fp16: bool = False, # half the size, rounded; a pipeline as the variant fp16, which `load_pipeline` finds
 ) -> Path: # the folder
     "Write what was trained: a LoRA, for `load_lora_weights(folder)`; else the pipeline, for `from_pretrained(folder)`."
     if has_lora(pipe):
         adapter, = pipe.unet.active_adapters()
         layers = get_peft_model_state_dict(pipe.unet, adapter_name=adapter)
+        if fp16: layers = {name: layer.half() for name, layer in layers.items()}
         pipe.save_lora_weights(folder, layers, unet_lora_adapter_metadata=pipe.unet.peft_config[adapter].to_dict())
     else:
-        parts = pipe.components | dict(text_encoder=deepcopy(pipe.text_encoder).float())
-        with without_bars(): StableDiffusionPipeline(**parts, requires_safety_checker=False).save_pretrained(folder)
+        dtype, variant = (torch.float16, 'fp16') if fp16 else (torch.float32, None)
+        parts = {n: deepcopy(p).to(dtype) if isinstance(p, torch.nn.Module) else p for n, p in pipe.components.items()}
+        with without_bars():
+            StableDiffusionPipeline(**parts, requires_safety_checker=False).save_pretrained(folder, variant=variant)
     return Path(folder)
 
 # %% ../nbs/00_pipelines.ipynb #9960cc39

@@ -42,7 +42,8 @@ def check_images(
     finite = images.isfinite().flatten(1).all(1).tolist()
     if not all(finite):
         prompt = prompts[finite.index(False)]
-        raise ValueError(f'The picture for {prompt!r} is not finite; maybe the decoder overflowed in float16: decode in float32.')
+        raise ValueError(f'The picture for {prompt!r} is not finite; expected [0, 1]. If its latents are finite, the VAE decoder '
+                         'overflowed: decode in float32. If they are not, lower the learning rate.')
     low, high = images.min().item(), images.max().item()
     if low < 0 or high > 1:
         raise ValueError(f'images reach from {low:.4g} to {high:.4g}; expected [0, 1]. Of [-1, 1], take images / 2 + 0.5.')

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['check_scheduler', 'Schedule', 'get_timesteps', 'make_schedule', 'per_sample', 'clean_and_noise', 'step_mean',
-           'gaussian_log_prob', 'predict', 'make_generators', 'Trajectory', 'first_latents', 'sample', 'rescore']
+           'gaussian_log_prob', 'predict', 'make_generators', 'Trajectory', 'first_latents', 'sample', 'rescore',
+           'check_actions']
 
 # %% ../nbs/04_sampling.ipynb #1c0d9366
 import copy
@@ -67,13 +68,16 @@ def make_schedule(
     device: str | torch.device = 'cpu', # where the tensors go
 ) -> Schedule: # T steps
     """The schedule of a DDIM chain: `std` is sigma of eq. 16 in the DDIM paper (arXiv 2010.02502).
-    Raises what `check_scheduler` and `get_timesteps` raise, and ValueError for an eta that is no number from 0 up."""
+    Raises what `check_scheduler` and `get_timesteps` raise, and ValueError for an eta outside [0, 1]
+    and a first step from pure noise by epsilon."""
     check_scheduler(scheduler)
-    if not 0 <= eta < math.inf: raise ValueError(f'eta={eta}; expected 0 (deterministic) to 1 (as random as DDPM).')
+    if not 0 <= eta <= 1: raise ValueError(f'eta={eta}; expected 0 (deterministic) to 1 (as random as DDPM).')
     t = get_timesteps(scheduler, num_inference_steps)
-    previous = t - scheduler.config.num_train_timesteps // num_inference_steps
     alphas, last = scheduler.alphas_cumprod.double(), scheduler.final_alpha_cumprod.double()
-    alpha, alpha_prev = alphas[t], torch.where(previous >= 0, alphas[previous.clamp(min=0)], last)
+    alpha, alpha_prev = alphas[t], torch.cat([alphas[t[1:]], last[None]]) # each step goes to where the next one starts
+    if alpha[0] == 0 and scheduler.config.prediction_type == 'epsilon':
+        raise ValueError(f'At timestep {t[0]} nothing of the picture is left (zero terminal SNR), and a UNet that predicts epsilon '
+                         "says nothing of it; use timestep_spacing='leading', or a v_prediction model.")
     std = eta * ((1 - alpha_prev) / (1 - alpha) * (1 - alpha / alpha_prev)).sqrt()
     return Schedule(t.to(device), *(x.float().to(device) for x in (alpha, alpha_prev, std)), eta > 0)
 
@@ -216,3 +220,10 @@ def rescore(
     output = predict(pipe.unet, latents, schedule.timesteps[steps], context, guidance_scale)
     mean = step_mean(schedule, steps, latents, output, pipe.scheduler.config.prediction_type)
     return gaussian_log_prob(next_latents, mean, per_sample(schedule.std, steps))
+
+# %% ../nbs/04_sampling.ipynb #2e1681cf
+def check_actions(schedule: Schedule) -> None:
+    "Raises ValueError for a step that depends on the weights and is not random: its part of the gradient would be missing."
+    lost = schedule.timesteps[(schedule.std == 0) & (schedule.alpha_prev != schedule.alpha)].tolist()
+    if lost: raise ValueError(f'The steps from timesteps {lost} have std 0 and would be missing from the gradient; '
+                              'set set_alpha_to_one=False in the scheduler, and eta above 0.')

@@ -22,11 +22,12 @@ from torch.nn.utils import clip_grad_norm_
 
 from .advantages import PerPromptStatTracker
 from .configs import Config
-from .pipelines import Context, check_prompts, compute_dtype, decode_latents, encode_prompts
+from ddpo_tutorial.pipelines import (Context, check_prompts, compute_dtype, decode_latents, encode_prompts,
+    trained_parameters)
 from .ppo import ppo_loss
 from .prompts import draw_prompts
 from .rewards import score
-from .sampling import Schedule, Trajectory, make_generators, make_schedule, rescore, sample
+from .sampling import Schedule, Trajectory, check_actions, make_generators, make_schedule, rescore, sample
 
 # %% ../nbs/07_training.ipynb #b91feab8
 class Batch(NamedTuple):
@@ -141,12 +142,9 @@ class State:
 
 def new_state(config: Config, pipe) -> State:
     """The state before the first epoch: AdamW over what asks for gradients, all of the UNet or a LoRA.
-    Raises ValueError when nothing does, and for weights in 16 bits, in which AdamW's small steps would be lost."""
-    weights = [p for p in pipe.unet.parameters() if p.requires_grad]
-    wrong = {str(p.dtype) for p in weights} - {'torch.float32'}
-    if wrong or not weights:
-        raise ValueError(f'The weights to be trained are {wrong or "none"}; expected float32. Load the pipeline in float32, '
-                         'or add a LoRA, and let it ask for gradients.')
+    Raises ValueError for weights or a schedule that cannot be trained (lessons 00 and 04)."""
+    check_actions(make_schedule(pipe.scheduler, config.num_inference_steps, config.eta))
+    weights = trained_parameters(pipe)
     fused = pipe.device.type == 'cuda'
     optimizer = torch.optim.AdamW(weights, config.learning_rate, weight_decay=config.weight_decay, fused=fused)
     scaler = torch.amp.GradScaler(pipe.device.type, enabled=product_dtype(config, pipe) == torch.float16)

@@ -59,6 +59,13 @@ def set_scheduler(pipe, **changes):
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, **changes)
     return pipe
 
+def moved(pipe):
+    "A pipeline whose trained weights are no longer what they were, as after training."
+    with torch.no_grad():
+        for i, p in enumerate(p for p in pipe.unet.parameters() if p.requires_grad):
+            p.add_(.1 * torch.randn(p.shape, generator=generator(i)).to(p.dtype))
+    return pipe
+
 def weights(module):
     "A copy of all parameters in one vector."
     return torch.cat([p.detach().flatten() for p in module.parameters()]).clone()

@@ -185,7 +185,7 @@ def test_outputs_are_stored_and_without_errors(path):
 @notebooks
 def test_budget(path):
     """A notebook that takes long to load is not read."""
-    assert path.stat().st_size <= 520_000
+    assert path.stat().st_size <= 530_000
 
 
 @pytest.mark.parametrize('path', TEXTS, ids=lambda p: str(p.relative_to(ROOT)))
@@ -228,8 +228,8 @@ def test_the_lesson_on_training_is_no_listing():
 def test_the_package_is_small():
     """Lines of code: what lessons 00 to 07 lead through, and everything."""
     count = {p.stem: code_lines(p.read_text(encoding='utf-8')) for p in MODULES}
-    assert sum(count[stem] for stem in READ) <= 850, count
-    assert sum(count.values()) <= 1500, count
+    assert sum(count[stem] for stem in READ) <= 870, count
+    assert sum(count.values()) <= 1600, count
 
 
 @modules

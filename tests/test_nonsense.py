@@ -34,7 +34,8 @@ def place(tmp_path, monkeypatch):
             'xl/model_index.json': '{"_class_name": "StableDiffusionXLPipeline"}',
             'half/model_index.json': '{"_class_name": "StableDiffusionPipeline", "unet": ["diffusers", "UNet2DConditionModel"]}',
             'begun/config.yaml': 'seed: 0\n', 'damaged/config.yaml': 'seed: [\n', 'full/notes.txt': 'mine\n',
-            'syntax.py': 'def broken(:\n', 'raises.py': 'def reward(images, prompts): return images.nothing\n'}.items():
+            'words.csv': 'prompt\na cat\n', 'syntax.py': 'def broken(:\n',
+            'raises.py': 'def reward(images, prompts): return images.nothing\n'}.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
     (tmp_path / 'bytes.txt').write_bytes(b'\xff\xfe\x00')
@@ -83,7 +84,7 @@ CALLS = { # what: (call; error; words)
     'model: another class': (lambda: load_pipeline('xl'), ValueError, ['StableDiffusionXLPipeline', 'expected a']),
     'model: half a folder': (lambda: load_pipeline('half'), ValueError, ['could not be loaded']),
     'model: offline': (lambda: load_pipeline('owner/name'), ValueError, ["'owner/name'", 'network']),
-    'LoRA: rank 0': (lambda: add_lora(micro_pipeline(), 0), ValueError, ['rank=0', 'at least 1']),
+    'LoRA: rank 0': (lambda: add_lora(micro_pipeline(), 0), ValueError, ['positive', '0']),
     'LoRA: twice': (lambda: add_lora(add_lora(micro_pipeline())), ValueError, ['carries a LoRA already']),
     'LoRA: unknown layer': (lambda: add_lora(micro_pipeline(), targets=['to_x']), ValueError, ["'to_x'", 'to_q']),
     'sheet: no pictures': (lambda: contact_sheet(GREY[:0]), ValueError, ['0 images', 'at least one']),
@@ -183,6 +184,9 @@ def test_call(what):
     assert type(caught.value) is error and all(w in str(caught.value) for w in words), repr(caught.value)
 
 COMMANDS = { # arguments: words
+    '--model half --config tiny': ["'half'", 'could not be loaded'], '--model xl --config tiny': ['StableDiffusionXLPipeline'],
+    '--model owner/name': ["'owner/name'", '--config', 'sd-lora-16gb'], '--prompts words.csv': ['words.csv', 'one prompt a line'],
+    '--export absent.pt': ['absent.pt', 'no checkpoint'],
     '--model tinny': ["'tinny'", "'tiny'"], '--model full': ["'full'", 'save_pretrained'], '--reward beauty': ["'beauty'", 'aesthetic'],
     '--reward no_such:reward': ['no_such'], '--reward syntax:broken': ['syntax:broken', 'SyntaxError'],
     '--reward raises:reward': ['raises:reward', 'AttributeError'], '--prompts anmals': ["'anmals'", 'simple'],
@@ -205,8 +209,7 @@ COMMANDS = { # arguments: words
     '--resume begun --out there': ["out='there'", 'another run'], '--resume begun --seed 1': ['seed=1', 'another run'],
 }
 LATER = { # what is seen when a run begins, and not when it is planned
-    '--model owner/name': ["'owner/name'", 'network'], '--model half': ["'half'", 'could not be loaded'],
-    '--model xl': ['StableDiffusionXLPipeline'], '--out empty.txt/run': ['empty.txt', 'folder of a run'],
+    '--model owner/name --config tiny': ["'owner/name'", 'network'], '--out empty.txt/run': ['empty.txt', 'folder of a run'],
     '--out full': ["'full'", 'written over'], '--resume begun': ['begun', 'prompts.json'],
 }
 

@@ -17,7 +17,7 @@ from ddpo_tutorial.pipelines import (
     add_lora, check_prompts, compute_dtype, contact_sheet, decode_latents, encode_prompts, fit_text, has_lora,
     load_pipeline, prepare, save_memory, save_trained, to_pil)
 from ddpo_tutorial.sampling import make_generators, sample
-from helpers import PROMPTS, calls_of, generator, micro_pipeline, sample_some, weights
+from helpers import PROMPTS, calls_of, generator, micro_pipeline, moved, sample_some, weights
 from sd_shape import sd_networks
 
 LONG = 'a' + ' cat' * 20
@@ -149,13 +149,6 @@ def test_safety_checker_is_left_out(tmp_path, micro):
 def picture(pipe):
     "A plain call of the pipeline: (1, 3, H, W)."
     return pipe('a cat', num_inference_steps=5, generator=generator(), output_type='pt').images.float()
-
-def moved(pipe):
-    "A pipeline whose trained weights are no longer what they were, as after training."
-    with torch.no_grad():
-        for i, p in enumerate(p for p in pipe.unet.parameters() if p.requires_grad):
-            p.add_(.1 * torch.randn(p.shape, generator=generator(i)).to(p.dtype))
-    return pipe
 
 @pytest.fixture
 def load(tmp_path, micro):
@@ -345,7 +338,8 @@ def test_lora_is_seeded():
     assert torch.equal(a, b) and not torch.equal(a, c)
 
 @pytest.mark.parametrize('options, words', [
-    (dict(rank=0), 'rank=0; expected at least 1'), (dict(targets=('to_x',)), "no layer named 'to_x'.*to_q")])
+    (dict(rank=0), 'should be a positive integer value but the value passed is 0'),
+    (dict(targets=('to_x',)), "no layer named 'to_x'.*to_q")])
 def test_bad_lora(micro, options, words):
     with pytest.raises(ValueError, match=words): add_lora(micro, **options)
 

@@ -28,7 +28,7 @@ def test_one_command_sets_up_and_runs_the_tests():
 
 def test_every_option_in_the_text_exists():
     """In backticks between the words, where no command is read."""
-    known = {f.name for f in fields(Config)} | {'config', 'resume', 'dry_run', 'debug', 'help'}
+    known = {f.name for f in fields(Config)} | {'config', 'resume', 'export', 'dry_run', 'debug', 'help'}
     text = re.sub(r'```.*?```', '', README, flags=re.S)
     used = re.findall(r'--([\w-]+)', ' '.join(code for code in re.findall(r'`([^`]+)`', text) if 'pytest' not in code))
     assert {name.replace('-', '_') for name in used} - {'slow'} <= known

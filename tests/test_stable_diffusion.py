@@ -67,7 +67,7 @@ def test_memory_savers_change_no_result(tmp_path):
     micro_pipeline().save_pretrained(tmp_path)
     plain = replace(SMALL, model=str(tmp_path), reward='alignment', lora_rank=4)
     thrifty = replace(plain, gradient_checkpointing=True, vae_slicing=True, reward_on_cpu=True)
-    (pipe, reward), (other, offloaded) = load_all(plain, 'cpu'), load_all(thrifty, 'cpu')
+    (pipe, reward, _), (other, offloaded, _) = load_all(plain, 'cpu'), load_all(thrifty, 'cpu')
     assert other.unet.is_gradient_checkpointing and other.vae.use_slicing and isinstance(offloaded, Offloaded)
     a, b = train(plain, pipe, reward, PROMPTS)[0], train(thrifty, other, offloaded, PROMPTS)[0]
     for name in set(a) - {'seconds'}: assert b[name] == pytest.approx(a[name], rel=1e-3, abs=1e-5), name
