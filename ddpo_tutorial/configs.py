@@ -63,6 +63,8 @@ class Config:
     num_inference_steps: Annotated[int, Field(ge=1, le=1000)] = 10 # T, DDIM steps
     guidance_scale: Finite = 2. # classifier-free guidance, in sampling and in training; at most 1: none
     eta: Annotated[float, Field(gt=0, le=1)] = 1. # DDIM's randomness; 1: as random as DDPM
+    window_start: Natural = 0 # the first step that is random
+    window_size: Natural = 0 # so many steps are random, and trained; 0: all that follow
     num_inner_epochs: Count = 1 # times an epoch's samples are gone through
     updates_per_epoch: Count = 4 # optimizer steps an inner epoch
     learning_rate: Positive = 3e-4 # AdamW's
@@ -70,6 +72,8 @@ class Config:
     max_grad_norm: Positive = 1. # the gradient of an update is scaled down to this norm
     clip_range: Positive = 1.6e-3 # PPO's epsilon
     adv_clip_max: Positive = 10. # advantages are clipped to +- this
+    group_size: Count = 1 # pictures of a prompt next to each other; above 1 they are compared with each other alone
+    shared_noise: bool = False # the pictures of a group start from the same noise
     buffer_size: Count = 16 # rewards remembered for each prompt
     min_count: Count = 8 # fewer than this, and the whole epoch's mean and spread are used
     lora_rank: Natural = 0 # train a LoRA of this rank; 0 trains the whole UNet
@@ -92,12 +96,30 @@ class Config:
         for small, large in (('min_count', 'buffer_size'), ('updates_per_epoch', 'samples_per_epoch')):
             a, b = getattr(self, small), getattr(self, large)
             if a > b: raise ValueError(f'{small}={a} is more than {large}={b}; expected at most as many')
+        if self.samples_per_epoch % self.group_size:
+            raise ValueError(f'group_size={self.group_size} does not divide samples_per_epoch={self.samples_per_epoch}')
+        if not self.random_steps or self.random_steps.stop > self.num_inference_steps:
+            raise ValueError(f'window_start={self.window_start} and window_size={self.window_size} leave the range of '
+                             f'num_inference_steps={self.num_inference_steps}')
+        if self.shared_noise and self.group_size == 1:
+            raise ValueError('shared_noise=True with group_size=1; expected a larger group, which can share its noise')
         return self
+
+    @property
+    def random_steps(self) -> range:
+        "Which steps are random, and trained."
+        stop = self.window_start + self.window_size if self.window_size else self.num_inference_steps
+        return range(self.window_start, stop)
+
+    @property
+    def etas(self) -> list[float]: # num_inference_steps
+        "The randomness of each step."
+        return [self.eta * (i in self.random_steps) for i in range(self.num_inference_steps)]
 
     def sizes(self) -> dict: # name -> number
         "What the settings come to."
         samples, updates = self.samples_per_epoch, self.num_inner_epochs * self.updates_per_epoch
-        pairs = samples * self.num_inference_steps
+        pairs = samples * len(self.random_steps)
         return dict(images=self.num_epochs * samples, updates=self.num_epochs * updates, pairs_per_epoch=pairs,
             samples_per_update=samples / self.updates_per_epoch, pairs_per_update=pairs / self.updates_per_epoch)
 

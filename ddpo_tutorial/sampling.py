@@ -42,7 +42,7 @@ class Schedule(NamedTuple):
     alpha: torch.Tensor # alpha-bar at t
     alpha_prev: torch.Tensor # alpha-bar at the timestep that the step goes to
     std: torch.Tensor # sigma: the standard deviation of the step's Gaussian
-    random: bool # False for eta=0, where no step is
+    random: list # T: True where eta is above 0, and the step is an action
 
 def get_timesteps(
     scheduler: DDIMScheduler, # left as it is
@@ -64,22 +64,24 @@ def get_timesteps(
 def make_schedule(
     scheduler: DDIMScheduler, # left as it is
     num_inference_steps: int, # T
-    eta: float = 1., # 0: deterministic DDIM; 1: as random as DDPM
+    eta: float | list = 1., # 0: deterministic DDIM; 1: as random as DDPM; or a number for each of the T steps
     device: str | torch.device = 'cpu', # where the tensors go
 ) -> Schedule: # T steps
     """The schedule of a DDIM chain: `std` is sigma of eq. 16 in the DDIM paper (arXiv 2010.02502).
     Raises what `check_scheduler` and `get_timesteps` raise, and ValueError for an eta outside [0, 1]
     and a first step from pure noise by epsilon."""
     check_scheduler(scheduler)
-    if not 0 <= eta <= 1: raise ValueError(f'eta={eta}; expected 0 (deterministic) to 1 (as random as DDPM).')
     t = get_timesteps(scheduler, num_inference_steps)
+    etas = [eta] * num_inference_steps if isinstance(eta, int | float) else list(eta)
+    if len(etas) != num_inference_steps or not all(0 <= e <= 1 for e in etas):
+        raise ValueError(f'eta={eta}; expected 0 (deterministic) to 1 (as random as DDPM), or {num_inference_steps} such numbers.')
     alphas, last = scheduler.alphas_cumprod.double(), scheduler.final_alpha_cumprod.double()
     alpha, alpha_prev = alphas[t], torch.cat([alphas[t[1:]], last[None]]) # each step goes to where the next one starts
     if alpha[0] == 0 and scheduler.config.prediction_type == 'epsilon':
         raise ValueError(f'At timestep {t[0]} nothing of the picture is left (zero terminal SNR), and a UNet that predicts epsilon '
                          "says nothing of it; use timestep_spacing='leading', or a v_prediction model.")
-    std = eta * ((1 - alpha_prev) / (1 - alpha) * (1 - alpha / alpha_prev)).sqrt()
-    return Schedule(t.to(device), *(x.float().to(device) for x in (alpha, alpha_prev, std)), eta > 0)
+    std = torch.tensor(etas).double() * ((1 - alpha_prev) / (1 - alpha) * (1 - alpha / alpha_prev)).sqrt()
+    return Schedule(t.to(device), *(x.float().to(device) for x in (alpha, alpha_prev, std)), [e > 0 for e in etas])
 
 # %% ../nbs/04_sampling.ipynb #b3523205
 def per_sample(
@@ -183,7 +185,7 @@ def sample(
     generators: list[torch.Generator], # one a prompt, for its first noise and every step's
     num_inference_steps: int, # T
     guidance_scale: float, # at most 1: no guidance
-    eta: float = 1., # 0: deterministic, log_probs is None
+    eta: float | list = 1., # of all steps, or of each; 0: deterministic, log_probs is None
     latents: torch.Tensor | None = None, # (B, C, H, W) the first noise, drawn if not given
 ) -> Trajectory: # of B samples
     """Sample, and keep every latent with the log-probability of the step that led to it.
@@ -197,10 +199,10 @@ def sample(
     for i, t in enumerate(schedule.timesteps):
         output = predict(pipe.unet, x, t, context, guidance_scale)
         mean = step_mean(schedule, i, x, output, pipe.scheduler.config.prediction_type)
-        x = mean + schedule.std[i] * randn_tensor(mean.shape, generators, mean.device) if schedule.random else mean
+        x = mean + schedule.std[i] * randn_tensor(mean.shape, generators, mean.device) if schedule.random[i] else mean
         path.append(x)
         log_probs.append(gaussian_log_prob(x, mean, schedule.std[i]))
-    return Trajectory(torch.stack(path), schedule.timesteps, torch.stack(log_probs) if schedule.random else None)
+    return Trajectory(torch.stack(path), schedule.timesteps, torch.stack(log_probs) if any(schedule.random) else None)
 
 # %% ../nbs/04_sampling.ipynb #0fe4c77e
 def rescore(
@@ -214,7 +216,7 @@ def rescore(
 ) -> torch.Tensor: # (N,) log-probs, with gradient
     """The log-probability of steps already taken, under the UNet as it is now.
     Raises ValueError when the schedule has eta=0."""
-    if not schedule.random:
+    if not any(schedule.random):
         raise ValueError('The schedule has eta=0: its steps are not random and have no log-probability. '
                          'Sample with eta > 0, e.g. eta=1.')
     output = predict(pipe.unet, latents, schedule.timesteps[steps], context, guidance_scale)
@@ -223,7 +225,8 @@ def rescore(
 
 # %% ../nbs/04_sampling.ipynb #2e1681cf
 def check_actions(schedule: Schedule) -> None:
-    "Raises ValueError for a step that depends on the weights and is not random: its part of the gradient would be missing."
-    lost = schedule.timesteps[(schedule.std == 0) & (schedule.alpha_prev != schedule.alpha)].tolist()
+    "Raises ValueError for a step that was to be random and is not: its part of the gradient would be missing."
+    moved = (schedule.std == 0) & (schedule.alpha_prev != schedule.alpha)
+    lost = schedule.timesteps[moved & torch.tensor(schedule.random, device=moved.device)].tolist()
     if lost: raise ValueError(f'The steps from timesteps {lost} have std 0 and would be missing from the gradient; '
-                              'set set_alpha_to_one=False in the scheduler, and eta above 0.')
+                              'set set_alpha_to_one=False in the scheduler.')

@@ -20,14 +20,15 @@ from accelerate import PartialState
 from accelerate.utils import gather_object, reduce
 from torch.nn.utils import clip_grad_norm_
 
-from .advantages import PerPromptStatTracker
+from .advantages import PerPromptStatTracker, group_advantages
 from .configs import Config
 from ddpo_tutorial.pipelines import (Context, check_prompts, compute_dtype, decode_latents, encode_prompts,
     trained_parameters)
 from .ppo import ppo_loss
 from .prompts import draw_prompts
 from .rewards import score
-from .sampling import Schedule, Trajectory, check_actions, make_generators, make_schedule, rescore, sample
+from ddpo_tutorial.sampling import (Schedule, Trajectory, check_actions, first_latents, make_generators, make_schedule,
+    rescore, sample)
 
 # %% ../nbs/07_training.ipynb #b91feab8
 class Batch(NamedTuple):
@@ -53,8 +54,11 @@ def autocast(config: Config, pipe) -> torch.autocast: # a context manager
 def sample_batch(config: Config, pipe, prompts: list[str], numbers: list[int], epoch: int) -> Batch: # not scored yet
     "Sample and decode as many pictures as fit into memory."
     context, generators = encode_prompts(pipe, prompts), make_generators(numbers, config.seed, epoch)
+    groups = [config.samples_per_epoch + n // config.group_size for n in numbers] # numbers that no picture has
+    latents = first_latents(pipe, make_generators(groups, config.seed, epoch)) if config.shared_noise else None
     with autocast(config, pipe):
-        trajectory = sample(pipe, context, generators, config.num_inference_steps, config.guidance_scale, config.eta)
+        trajectory = sample(pipe, context, generators, config.num_inference_steps, config.guidance_scale, config.etas,
+                            latents)
     with torch.no_grad(): images = decode_latents(pipe, trajectory.latents[-1])
     return Batch(prompts, numbers, context, trajectory, images)
 
@@ -126,7 +130,7 @@ def plan_updates(
     "Which pairs each update of an epoch sees, in random order."
     for _ in range(config.num_inner_epochs):
         for numbers in np.array_split(rng.permutation(config.samples_per_epoch), config.updates_per_epoch):
-            pairs = torch.cartesian_prod(torch.arange(config.num_inference_steps), torch.as_tensor(numbers))
+            pairs = torch.cartesian_prod(torch.tensor(config.random_steps), torch.as_tensor(numbers))
             yield pairs[rng.permutation(len(pairs))]
 
 # %% ../nbs/07_training.ipynb #2f94aecd
@@ -143,7 +147,7 @@ class State:
 def new_state(config: Config, pipe) -> State:
     """The state before the first epoch: AdamW over what asks for gradients, all of the UNet or a LoRA.
     Raises ValueError for weights or a schedule that cannot be trained (lessons 00 and 04)."""
-    check_actions(make_schedule(pipe.scheduler, config.num_inference_steps, config.eta))
+    check_actions(make_schedule(pipe.scheduler, config.num_inference_steps, config.etas))
     weights = trained_parameters(pipe)
     fused = pipe.device.type == 'cuda'
     optimizer = torch.optim.AdamW(weights, config.learning_rate, weight_decay=config.weight_decay, fused=fused)
@@ -165,7 +169,7 @@ def clip_gradients(config: Config, state: State, update: int) -> torch.Tensor: #
 def update(config, pipe, state, batch, advantages, rng) -> list[dict]: # metrics of each optimizer step
     """An epoch's optimizer steps: for each part of the samples add up the gradient, clip its norm, step.
     `batch` holds this process's pictures, `advantages` a number for each picture of the epoch; `rng` shuffles."""
-    schedule = make_schedule(pipe.scheduler, config.num_inference_steps, config.eta, pipe.device)
+    schedule = make_schedule(pipe.scheduler, config.num_inference_steps, config.etas, pipe.device)
     advantages = torch.as_tensor(advantages, dtype=torch.float32, device=pipe.device)
     history = []
     for number, pairs in enumerate(plan_updates(config, rng)):
@@ -209,14 +213,16 @@ def train(config, pipe, reward, prompts, on_epoch=None, state=None) -> list[dict
     pipe.unet.eval() # dropout would make the policy that is rescored another than the one that sampled
     for epoch in range(len(state.rows), config.num_epochs):
         start, rng = time.perf_counter(), epoch_rng(config.seed, epoch)
-        drawn = draw_prompts(prompts, config.samples_per_epoch, rng)
+        groups = draw_prompts(prompts, config.samples_per_epoch // config.group_size, rng)
+        drawn = [prompt for prompt in groups for _ in range(config.group_size)]
         with PartialState().split_between_processes(list(range(len(drawn)))) as numbers:
             batch = collect(config, pipe, reward, [drawn[n] for n in numbers], numbers, epoch)
         rewards, parts = gather(batch.rewards), {name: gather(part) for name, part in batch.parts.items()}
-        advantages = state.tracker.update(drawn, rewards)
+        if config.group_size > 1: advantages, own = group_advantages(drawn, rewards, config.group_size), 1.
+        else: advantages, own = state.tracker.update(drawn, rewards), state.tracker.active
         history = update(config, pipe, state, batch, advantages, rng)
         state.updates += [dict(epoch=epoch, update=i, **stats) for i, stats in enumerate(history)]
-        state.rows.append(metrics_row(epoch, rewards, parts, history, state.tracker.active, start))
+        state.rows.append(metrics_row(epoch, rewards, parts, history, own, start))
         if on_epoch: on_epoch(Epoch(state.rows[-1], batch, rewards, advantages, state))
     return state.rows
 
@@ -230,4 +236,5 @@ def evaluate(
 ) -> Batch: # with images and rewards alone: the same prompts and seed, the same noise
     "Sample every prompt once from fixed noise, and score."
     numbers = list(range(len(check_prompts(prompts))))
-    return collect(replace(config, seed=seed), pipe, reward, prompts, numbers)._replace(context=None, trajectory=None)
+    config = replace(config, seed=seed, window_start=0, window_size=0, shared_noise=False)
+    return collect(config, pipe, reward, prompts, numbers)._replace(context=None, trajectory=None)

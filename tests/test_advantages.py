@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 import torch
 
-from ddpo_tutorial.advantages import PerPromptStatTracker, as_rewards, standardise
+from ddpo_tutorial.advantages import PerPromptStatTracker, group_advantages, as_rewards, standardise
 from ddpo_tutorial.prompts import draw_prompts
 
 def numbers(n, seed=0): return np.random.default_rng(seed).normal(5, 2, n)
@@ -122,3 +122,32 @@ def test_bad_sizes(buffer_size, min_count):
     "A min_count above the buffer switches the per-prompt branch off for ever."
     words = f'min_count={min_count}, buffer_size={buffer_size}; expected 1 <= min_count <= buffer_size'
     with pytest.raises(ValueError, match=words): PerPromptStatTracker(buffer_size, min_count)
+
+# groups
+
+@pytest.mark.parametrize('size', [2, 3, 8])
+@pytest.mark.parametrize('count', [1, 4])
+def test_each_is_compared_with_the_others_of_its_group(size, count):
+    "By a loop: the mean of the others, groups as neighbours, one scale for all."
+    prompts, rewards = [f'animal {i // size}' for i in range(size * count)], numbers(size * count)
+    found, wanted = group_advantages(prompts, rewards, size), []
+    for i, reward in enumerate(rewards):
+        others = [rewards[j] for j in range(len(rewards)) if j // size == i // size and j != i]
+        wanted.append(reward - np.mean(others))
+    np.testing.assert_allclose(found, np.array(wanted) / np.std(wanted), rtol=1e-4)
+    np.testing.assert_allclose(group_advantages(prompts, torch.tensor(rewards), size), found)
+
+def test_a_group_without_differences_stays_quiet():
+    "The spread of each group by itself would make noise as loud as a signal; easy and hard prompts must not matter."
+    prompts = ['a'] * 4 + ['b'] * 4
+    rewards = np.array([1., 2., 3., 4., 90., 90.001, 90., 90.])
+    found = group_advantages(prompts, rewards, 4)
+    assert abs(found[4:]).max() < 1e-3 < .5 < abs(found[:4]).min()
+    np.testing.assert_allclose(group_advantages(prompts, rewards + np.repeat([0., 500.], 4), 4), found, atol=1e-6)
+
+def test_leaving_one_out_does_not_shrink_the_gradient():
+    "An action's reward is its size: the expected gradient is 1, of which a mean with the picture itself in it takes 1 / size."
+    actions = np.random.default_rng(0).normal(size=(20_000, 2))
+    prompts = ['a'] * actions.size
+    found = group_advantages(prompts, actions.ravel(), 2) * (actions[:, 0] - actions[:, 1]).std() # its scale taken back
+    assert (found * actions.ravel()).mean() == pytest.approx(1, abs=.03)

@@ -429,7 +429,8 @@ def test_an_earlier_checkpoint_can_be_exported(place, lora, capsys):
     same(drawn[2], picture(last))
     assert all((drawn[i] - drawn[j]).abs().max() > 1e-4 for i, j in ((0, 1), (1, 2)))
 
-@pytest.mark.parametrize('name', ['absent.pt', 'run/checkpoints/absent.pt', 'words.txt', 'run'])
+@pytest.mark.parametrize('name', ['absent.pt', 'run/checkpoints/absent.pt', 'words.txt', 'run', 'run/checkpoints/damaged.pt'])
 def test_what_is_no_checkpoint_is_not_exported(place, name):
-    (place / 'words.txt').write_text('a cat\n')
+    (place / 'run' / 'checkpoints').mkdir(parents=True)
+    for file in ('words.txt', 'run/config.yaml', 'run/checkpoints/damaged.pt'): (place / file).write_text('seed: 1\n')
     with pytest.raises(ValueError, match=f'{name!r} is no checkpoint.*epoch-00008.pt'): export_checkpoint(Path(name))

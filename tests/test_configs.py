@@ -80,6 +80,7 @@ def test_a_written_configuration_is_read_again(tmp_path):
     config = Config(
         model='owner/null', reward='module:no', prompts='1e3', template='{}: "ä", #1', out='off', seed=2**63 - 1,
         num_epochs=2, samples_per_epoch=33, num_inference_steps=3, guidance_scale=-0., eta=1e-9, num_inner_epochs=2,
+        window_start=1, window_size=2, group_size=3, shared_noise=True,
         updates_per_epoch=5, learning_rate=1e-7, weight_decay=0., max_grad_norm=1 / 3, clip_range=1e-4, adv_clip_max=5,
         buffer_size=7, min_count=2, lora_rank=4, dtype='bfloat16', sample_batch_size=5, minibatch_size=6,
         gradient_checkpointing=True, vae_slicing=True, reward_on_cpu=True, overlap_reward=True, eval_images=3,
@@ -89,17 +90,25 @@ def test_a_written_configuration_is_read_again(tmp_path):
     assert read(tmp_path / 'config.yaml') == config
     assert list(read_config(tmp_path / 'config.yaml')) == SETTINGS
 
+@pytest.mark.parametrize('start, size, steps', [(0, 0, [0, 1, 2, 3, 4]), (2, 0, [2, 3, 4]), (0, 1, [0]), (1, 3, [1, 2, 3]), (4, 1, [4])])
+def test_which_steps_are_random(start, size, steps):
+    config = Config(num_inference_steps=5, window_start=start, window_size=size, eta=.5, samples_per_epoch=10, updates_per_epoch=2)
+    assert list(config.random_steps) == steps and config.etas == [.5 if i in steps else 0. for i in range(5)]
+    assert config.sizes()['pairs_per_epoch'] == 10 * len(steps) and config.sizes()['pairs_per_update'] == 5 * len(steps)
+
 def another(name, value):
     "A valid value of a setting that is not the one it has."
     words = dict(model='owner/name', reward='similarity', prompts='tiny', template='a photo of {}', out='there',
                  dtype='float32', wandb='offline')
     if name in words: return words[name]
     if isinstance(value, bool): return not value
+    if name == 'group_size': return 4
+    if name == 'samples_per_epoch': return 32
     return value + 1 if isinstance(value, int) else value / 2
 
 def refuses(name):
     "Does a change of this setting make it another run? The message then names the setting and both values."
-    begun = Config()
+    begun = Config(group_size=2) # so that noise can be shared
     wanted = replace(begun, **{name: another(name, getattr(begun, name))})
     try: check_same_run(begun, wanted)
     except ValueError as error:

@@ -7,7 +7,7 @@ import torch
 from diffusers import DDIMScheduler, PNDMScheduler
 from pydantic import ValidationError
 
-from ddpo_tutorial.advantages import PerPromptStatTracker
+from ddpo_tutorial.advantages import PerPromptStatTracker, group_advantages
 from ddpo_tutorial.checkpoints import set_weights
 from ddpo_tutorial.configs import Config, check_same_run, find_prompts, main, read_command, read_config
 from ddpo_tutorial.pipelines import add_lora, contact_sheet, encode_prompts, load_pipeline
@@ -148,6 +148,16 @@ CALLS = { # what: (call; error; words)
     'settings: a buffer too small': (lambda: settings(buffer_size=1), ValidationError, ['min_count=8', 'buffer_size=1']),
     'settings: more updates than samples': (lambda: settings(updates_per_epoch=3), ValidationError,
                                             ['updates_per_epoch=3', 'samples_per_epoch=2']),
+    'settings: groups that do not fit': (lambda: settings(group_size=3), ValidationError, ['group_size=3', 'samples_per_epoch=2']),
+    'settings: no group to share with': (lambda: settings(shared_noise=True), ValidationError, ['shared_noise=True', 'group_size=1']),
+    'settings: a window beyond the end': (lambda: settings(window_start=1, window_size=2), ValidationError,
+                                          ['window_start=1', 'window_size=2', 'num_inference_steps=2']),
+    'settings: a window after the end': (lambda: settings(window_start=2), ValidationError, ['window_start=2', 'num_inference_steps=2']),
+    'groups: of one': (lambda: group_advantages(TWO, [1., 2.], 1), ValueError, ['size=1', 'at least 2']),
+    'groups: that do not fit': (lambda: group_advantages(['a', 'a', 'a'], [1., 2., 3.], 2), ValueError, ['size=2', '3 prompts']),
+    'groups: of different prompts': (lambda: group_advantages(TWO, [1., 2.], 2), ValueError, ['size=2', 'equal ones']),
+    'eta: one too few': (lambda: make_schedule(GOOD, 3, [1., 0.]), ValueError, ['eta=[1.0, 0.0]', '3 such numbers']),
+    'eta: one of them negative': (lambda: make_schedule(GOOD, 2, [1., -1.]), ValueError, ['eta=[1.0, -1.0]']),
     'settings: a number for a model': (lambda: settings(model=3), ValidationError, ['model', '3', 'string']),
     'settings: a folder that is no model': (lambda: settings(model='full'), ValidationError, ['model', "'full'", 'save_pretrained']),
     'settings: unknown reward': (lambda: settings(reward='beauty'), ValidationError, ["'beauty'", 'aesthetic', 'module:name']),

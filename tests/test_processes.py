@@ -42,8 +42,15 @@ def test_rewards_and_advantages_are_those_of_one_process(found):
     for name in ('rewards', 'advantages'): np.testing.assert_allclose(two[0][name], one[0][name], rtol=0, atol=1e-5)
     np.testing.assert_allclose(two[1]['rewards'], one[1]['rewards'], rtol=0, atol=1e-3)
 
+def test_groups_are_not_torn(found):
+    "Their first noise and their comparison do not depend on who has which of them."
+    one, two = (f['groups'] for f in found)
+    for a, b in zip(one, two): assert a['pictures'] == b['pictures'] and b['shares'] == [5, 4]
+    for name, allowed in (('rewards', 1e-5), ('advantages', .005)):
+        np.testing.assert_allclose(two[0][name], one[0][name], rtol=0, atol=allowed)
+
 def test_weights_are_equal_in_both_after_every_epoch(found):
-    for epoch in found[1]['epochs']: assert epoch['sums'][0] == epoch['sums'][1]
+    for epoch in found[1]['epochs'] + found[1]['groups']: assert epoch['sums'][0] == epoch['sums'][1]
 
 @pytest.mark.parametrize('clipped', [0, 1])
 def test_update_is_that_of_one_process(found, clipped):

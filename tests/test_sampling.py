@@ -9,9 +9,9 @@ from diffusers import DDIMScheduler, EulerDiscreteScheduler, PNDMScheduler
 from torch import nn
 from torch.distributions import Normal
 
-from ddpo_tutorial.pipelines import encode_prompts
+from ddpo_tutorial.pipelines import Context, encode_prompts
 from ddpo_tutorial.sampling import (check_scheduler, clean_and_noise, gaussian_log_prob, make_generators, make_schedule,
-                                    per_sample, predict, sample, step_mean)
+                                    per_sample, predict, rescore, sample, step_mean)
 from helpers import (PREDICTION_TYPES, PROMPTS, SD_SCHEDULE, all_pairs, calls_of, generator, gradients, micro_pipeline,
                      rescore_all, sample_some, set_scheduler)
 
@@ -316,6 +316,65 @@ def test_pitfall_10_no_guidance_costs_no_second_pass(micro, guidance_scale, rows
     context, trajectory, schedule = sample_some(micro, 2, guidance_scale)
     with torch.no_grad(): rescore_all(micro, context, trajectory, schedule, guidance_scale)
     assert [len(x) for x in calls] == [rows, rows, 2 * rows]
+
+# random steps in a window
+
+WINDOWS = [[1., 1., 0., 0., 0.], [0., 0., 1., 1., 0.], [0., .5, 1., 0., .2], [0., 0., 0., 0., 1.]]
+
+@pytest.mark.parametrize('etas', WINDOWS, ids=str)
+@pytest.mark.parametrize('guidance_scale', [1., 2.])
+def test_steps_outside_the_window_are_no_actions(micro, etas, guidance_scale):
+    "They are plain DDIM, without noise, log-prob and gradient; in it everything is as ever, rescoring above all."
+    context, trajectory, schedule = sample_some(micro, 5, guidance_scale, etas)
+    inside = torch.tensor(etas) > 0
+    assert schedule.random == inside.tolist() and ((trajectory.log_probs != 0).all(1) == inside).all()
+    again = rescore_all(micro, context, trajectory, schedule, guidance_scale)
+    torch.testing.assert_close(again.detach().view(5, 5), trajectory.log_probs, rtol=0, atol=5e-6)
+    still = make_schedule(micro.scheduler, 5, 0.)
+    for i in range(5):
+        micro.unet.zero_grad()
+        step = torch.full((5,), i), torch.arange(5)
+        rescore_all(micro, context, trajectory, schedule, guidance_scale, step).sum().backward()
+        assert (gradients(micro.unet).abs().sum() > 0) == inside[i]
+        with torch.no_grad():
+            output = predict(micro.unet, trajectory.latents[i], schedule.timesteps[i], context, guidance_scale)
+        ddim = step_mean(still, i, trajectory.latents[i], output)
+        assert torch.allclose(trajectory.latents[i + 1], ddim, atol=1e-5) == (not inside[i])
+
+@pytest.mark.parametrize('eta', [0., .3, 1.])
+def test_a_number_for_each_step_is_a_number_for_all(micro, eta):
+    one, many = make_schedule(micro.scheduler, 6, eta), make_schedule(micro.scheduler, 6, [eta] * 6)
+    assert all(torch.equal(a, b) for a, b in zip(one[:4], many[:4])) and one.random == many.random
+    assert torch.equal(sample_some(micro, 6, eta=[eta] * 6)[1].latents, sample_some(micro, 6, eta=eta)[1].latents)
+
+class OneWeight(nn.Module):
+    "A UNet that says theta times x, for latents of one number."
+    def __init__(self, theta):
+        super().__init__()
+        self.theta, self.config = nn.Parameter(torch.as_tensor(theta)), SimpleNamespace(sample_size=1, in_channels=1)
+
+    def forward(self, x, t, text): return SimpleNamespace(sample=self.theta * x)
+
+def exact_parts(schedule, theta):
+    "d E[x_0^2] / d theta of a chain x -> m x + std z, a part for each step, by the recursion of its variance."
+    thetas, variance, one = torch.full((len(schedule.std),), theta, requires_grad=True), torch.tensor(1.), torch.ones(1, 1, 1, 1)
+    for i, std in enumerate(schedule.std):
+        variance = step_mean(schedule, i, one, thetas[i] * one).sum()**2 * variance + std**2
+    return torch.autograd.grad(variance, thetas)[0]
+
+@pytest.mark.parametrize('etas', [[1.] * 4, [0., 1., 1., 0.], [1., 0., 0., 1.], [0., 0., .7, 0.]], ids=str)
+def test_the_policy_gradient_is_exact_over_the_random_steps(etas, theta=.5, n=40_000):
+    "And over no other: sampled by `sample`, scored by `rescore`, against a chain whose gradient can be written down."
+    pipe = SimpleNamespace(unet=OneWeight(theta), scheduler=ddim(), device=torch.device('cpu'))
+    context, schedule = Context(torch.zeros(n, 1, 1), torch.zeros(1, 1, 1)), make_schedule(ddim(), 4, etas)
+    x = sample(pipe, context, make_generators(range(n)), 4, 1., etas).latents
+    step, row = torch.arange(4).repeat_interleave(n), torch.arange(n).repeat(4)
+    pipe.unet = OneWeight(torch.full((4 * n, 1, 1, 1), theta)) # a weight for each pair, so that each has its gradient
+    logs = rescore(pipe, Context(context.text[row], context.empty), schedule, step, x[step, row], x[step + 1, row], 1.)
+    score, rewards = torch.autograd.grad(logs.sum(), pipe.unet.theta)[0].view(4, n).sum(0), x[-1].flatten()**2
+    terms, parts = (rewards - rewards.mean()) * score, exact_parts(schedule, theta)
+    assert abs(terms.mean() - parts[torch.tensor(etas) > 0].sum()) < 4 * terms.std() / n**.5
+    if not all(etas): assert abs(terms.mean() - parts.sum()) > 2 * terms.std() / n**.5
 
 # bad input
 

@@ -9,12 +9,12 @@ import torch
 from torch import nn
 from torch.distributions import Normal
 
-from ddpo_tutorial.advantages import PerPromptStatTracker
+from ddpo_tutorial.advantages import PerPromptStatTracker, group_advantages
 from ddpo_tutorial.configs import Config
-from ddpo_tutorial.pipelines import add_lora, decode_latents
+from ddpo_tutorial.pipelines import Context, add_lora, decode_latents
 from ddpo_tutorial.prompts import draw_prompts, fill_template, simple_animals
 from ddpo_tutorial.rewards import WeightedSum, jpeg_incompressibility, tiny_aesthetic
-from ddpo_tutorial.sampling import make_schedule
+from ddpo_tutorial.sampling import make_schedule, rescore
 from ddpo_tutorial.training import accumulate, collect, epoch_rng, evaluate, join, new_state, plan_updates, train, update
 from helpers import (PREDICTION_TYPES, PROMPTS, all_pairs, brightness, calls_of, generator, gradients, micro_pipeline, set_scheduler,
     trainable_copy, weights)
@@ -26,7 +26,7 @@ OFF = torch.amp.GradScaler('cpu', enabled=False)
 
 def epoch_of(pipe, config=SMALL, prompts=PROMPTS): return collect(config, pipe, brightness, prompts, list(range(len(prompts))))
 
-def schedule_of(pipe, config=SMALL): return make_schedule(pipe.scheduler, config.num_inference_steps, config.eta)
+def schedule_of(pipe, config=SMALL): return make_schedule(pipe.scheduler, config.num_inference_steps, config.etas)
 
 def without_time(rows): return [{k: v for k, v in row.items() if k != 'seconds'} for row in rows]
 
@@ -80,6 +80,60 @@ def test_sample_batch_size_does_not_change_training(size):
     rows, other = run()[0], run(replace(SMALL, sample_batch_size=size))[0]
     assert other[0]['reward_mean'] == pytest.approx(rows[0]['reward_mean'], abs=1e-5)
     assert other[1]['reward_mean'] == pytest.approx(rows[1]['reward_mean'], abs=1e-3)
+
+# groups and windows
+
+GROUPS = replace(SMALL, samples_per_epoch=6, group_size=3, shared_noise=True, window_start=1, window_size=1)
+
+@pytest.mark.parametrize('size', [1, 2, 6])
+def test_a_group_shares_its_first_noise_and_nothing_else(micro, size):
+    "In any batch size; the noise of a group is no picture's own, nor another group's or epoch's."
+    prompts = ['a cat'] * 3 + ['a fox'] * 3
+    def latents(config, epoch=0): return collect(config, micro, brightness, prompts, list(range(6)), epoch).trajectory.latents
+    x, alone = latents(replace(GROUPS, sample_batch_size=size)), latents(replace(GROUPS, shared_noise=False))
+    for first in (x[0, :3], x[0, 3:], x[1, :3]): assert (first - first[0]).abs().max() <= 1e-5 # step 0 is not random
+    assert len({round(v.item(), 4) for v in x[2, :, 0, 0, 0]}) == 6
+    others = [*alone[0], *latents(GROUPS, 1)[0]]
+    assert all((first - other).abs().max() > .1 for first, rest in ((x[0, 0], x[0, 3]), (x[0, 3], x[0, 0])) for other in [*others, rest])
+
+@pytest.mark.parametrize('size', [1, 4, 100])
+def test_batch_sizes_do_not_change_a_run_of_groups(size):
+    rows = run(GROUPS)[0]
+    other = run(replace(GROUPS, sample_batch_size=size, minibatch_size=size))[0]
+    for a, b in zip(rows, other): assert b['reward_mean'] == pytest.approx(a['reward_mean'], abs=1e-3)
+
+def test_an_epoch_of_groups(micro):
+    "Each prompt as often as a group is large, next to each other, compared with its group alone."
+    epochs = []
+    train(replace(GROUPS, samples_per_epoch=12), micro, lambda i, p: torch.tensor([float(len(x)) for x in p]) + brightness(i, p),
+          ['a cat', 'a hippopotamus'], lambda epoch: epochs.append((epoch.batch.prompts, epoch.rewards, epoch.advantages, epoch.row)))
+    for prompts, rewards, advantages, row in epochs:
+        assert all(prompts[i] == prompts[i - i % 3] for i in range(12)) and row['per_prompt'] == 1
+        np.testing.assert_allclose(advantages, group_advantages(prompts, rewards, 3))
+    assert epochs[0][0] != epochs[1][0] or len(set(epochs[0][0])) == 2
+
+@pytest.mark.parametrize('window', [(0, 1), (1, 1), (1, 2), (2, 0)])
+def test_one_update_of_a_window_by_hand(micro, window):
+    "The random steps alone, their mean as the loss."
+    config = replace(SMALL, updates_per_epoch=1, max_grad_norm=1e9, window_start=window[0], window_size=window[1])
+    batch, pipe, by_hand = epoch_of(micro, config), trainable_copy(micro), trainable_copy(micro)
+    assert sorted({s for p in plan_updates(config, epoch_rng(0, 0)) for s in p[:, 0].tolist()}) == list(config.random_steps)
+    before = weights(pipe.unet)
+    stats, = update(config, pipe, sgd(config, pipe, 1.), batch, ADVANTAGES, epoch_rng(0, 0))
+    steps = torch.tensor(config.random_steps)
+    step, row = torch.cartesian_prod(steps, torch.arange(5)).T
+    x, context = batch.trajectory.latents, Context(batch.context.text[row], batch.context.empty)
+    new = rescore(by_hand, context, schedule_of(micro, config), step, x[step, row], x[step + 1, row], config.guidance_scale)
+    (-(ADVANTAGES[row] * (new - new.detach()).exp()).mean()).backward()
+    wanted = -gradients(by_hand.unet)
+    torch.testing.assert_close(weights(pipe.unet) - before, wanted, rtol=0, atol=2e-3 * wanted.abs().max().item() + 1e-7)
+    assert stats['ratio'] == pytest.approx(1, abs=1e-5)
+
+@pytest.mark.parametrize('changes', [dict(window_start=2), dict(group_size=5), dict(group_size=5, shared_noise=True, window_size=1)])
+def test_evaluation_is_the_same_for_every_way_to_train(micro, changes):
+    "All steps random, each picture with its own noise: runs can be compared."
+    plain, other = (evaluate(c, micro, brightness, PROMPTS) for c in (SMALL, replace(SMALL, **changes)))
+    assert torch.equal(plain.images, other.images)
 
 # collecting
 @pytest.mark.parametrize('batch_size', [1, 2, 5, 100])
