@@ -36,8 +36,8 @@ from PIL import Image
 
 from .checkpoints import is_whole, load_checkpoint, newest_checkpoint, save_checkpoint, write_aside
 from .configs import Command, Config, describe, find_prompts, read_config, write_config
-from ddpo_tutorial.pipelines import (add_lora, contact_sheet, find_model, has_lora, load_pipeline, save_memory,
-    save_trained, to_pil)
+from .pipelines import (add_lora, contact_sheet, find_model, has_lora,
+    load_pipeline, save_memory, save_trained, to_pil)
 from .pipelines import prepare as prepare_pipeline
 from .rewards import (Offloaded, WeightedSum, clip_similarity, jpeg_compressibility, jpeg_incompressibility,
     laion_aesthetic, pick_score, score, tiny_aesthetic, tiny_similarity)

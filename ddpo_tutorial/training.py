@@ -22,13 +22,13 @@ from torch.nn.utils import clip_grad_norm_
 
 from .advantages import PerPromptStatTracker, group_advantages
 from .configs import Config
-from ddpo_tutorial.pipelines import (Context, check_prompts, compute_dtype, decode_latents, encode_prompts,
-    trained_parameters)
+from .pipelines import (Context, check_prompts, compute_dtype,
+    decode_latents, encode_prompts, trained_parameters)
 from .ppo import ppo_loss
 from .prompts import draw_prompts
 from .rewards import score
-from ddpo_tutorial.sampling import (Schedule, Trajectory, check_actions, first_latents, make_generators, make_schedule,
-    rescore, sample)
+from .sampling import (Schedule, Trajectory, check_actions, first_latents,
+    make_generators, make_schedule, rescore, sample)
 
 # %% ../nbs/07_training.ipynb #b91feab8
 class Batch(NamedTuple):

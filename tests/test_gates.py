@@ -268,3 +268,9 @@ def test_models_are_small():
     """What the package ships for the tiny world: at most 25 MB."""
     tiny = [p for p in (ROOT / 'ddpo_tutorial' / 'tiny').rglob('*') if p.is_file()]
     assert 1e6 < sum(p.stat().st_size for p in tiny) <= 25e6
+
+
+@modules
+def test_modules_import_each_other_relatively(path):
+    """nbdev leaves a long import as it is when its last line is shorter than the module's name."""
+    assert not re.findall(r'^from ddpo_tutorial', path.read_text(encoding='utf-8'), re.M)

@@ -197,9 +197,6 @@ def test_what_is_saved_draws_the_same_in_plain_diffusers(load, tmp_path, dtype, 
     assert error.max() <= 1e-5 if dtype == torch.float32 else error.mean() < .01
     assert pipe.vae.dtype == pipe.text_encoder.dtype == dtype # saving changes nothing
 
-def test_cpu_computes_in_float32():
-    assert compute_dtype('cpu') == torch.float32
-
 @pytest.mark.parametrize('has_bf16, dtype', [(True, torch.bfloat16), (False, torch.float16)])
 def test_gpu_takes_bfloat16_where_it_computes_in_it(monkeypatch, has_bf16, dtype):
     "Older cards say they can, and emulate."
