@@ -77,12 +77,11 @@ def group_advantages(
     size: int, # pictures of a prompt, at least 2
     eps: float = 1e-6, # keeps equal rewards from dividing by zero
 ) -> np.ndarray: # (B,) float64
-    """Each reward minus the mean of the others in its group (leave-one-out, arXiv 2402.14740), over the epoch's one spread of
-    these differences. Raises ValueError for groups of another size."""
+    """Each reward minus its group's mean, over the epoch's one spread of these differences; leaving the picture itself out of
+    the mean (arXiv 2402.14740) comes to the same. Raises ValueError for groups of another size."""
     rewards = as_rewards(prompts, rewards)
     if size < 2 or len(rewards) % size or any(p != prompts[i - i % size] for i, p in enumerate(prompts)):
         raise ValueError(f'size={size}; expected at least 2, and {len(prompts)} prompts in groups of as many equal ones.')
     groups = rewards.reshape(-1, size)
-    others = (groups.sum(1, keepdims=True) - groups) / (size - 1)
-    differences = (groups - others).ravel()
+    differences = (groups - groups.mean(1, keepdims=True)).ravel()
     return differences / (differences.std() + eps)
