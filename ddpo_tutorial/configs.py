@@ -51,7 +51,7 @@ Reward = Annotated[str, AfterValidator(check_reward)]
 # %% ../nbs/10_configs.ipynb #0ebef4fc
 @dataclass(config=ConfigDict(extra='forbid'))
 class Config:
-    "Every setting of a run. The defaults train the tiny model in about five minutes on two cores."
+    "Every setting of a run. The defaults are the original algorithm; the command starts from the file `tiny`."
     model: Model = 'tiny' # 'tiny', a diffusers folder, or a hub id owner/name
     reward: Reward = 'aesthetic' # aesthetic, similarity, pickscore, alignment, (in)compressibility, or your own as module:name
     prompts: str = 'simple' # simple (the paper's 45 animals), tiny (64), held-out (19), imagenet (398), or a file with one a line
@@ -171,17 +171,18 @@ def describe(
     s, updates = config.sizes(), config.num_inner_epochs * config.updates_per_epoch
     what = f'a LoRA of rank {config.lora_rank} of {config.model}' if config.lora_rank else config.model
     return (f'Training {what} with DDPO on the reward {config.reward!r}, {len(prompts)} prompts such as {prompts[0]!r}.\n'
-            f'{config.num_epochs} epochs of {config.samples_per_epoch} images, {config.num_inference_steps} steps each, '
-            f'guidance {config.guidance_scale}: {s["images"]} images in all.\n'
+            f'{config.num_epochs} epochs of {config.samples_per_epoch} images in groups of {config.group_size}: '
+            f'{s["images"]} images in all. {config.num_inference_steps} steps each, {len(config.random_steps)} of them random, '
+            f'guidance {config.guidance_scale}.\n'
             f'{updates} updates an epoch, each over {s["samples_per_update"]:g} images: {s["pairs_per_update"]:g} (image, step) pairs in '
             f'{ceil(s["pairs_per_update"] / config.minibatch_size)} minibatches; learning rate {config.learning_rate}.')
 
 # %% ../nbs/10_configs.ipynb #223bd7c1
 @dataclass
 class Command:
-    "Train a diffusion model with DDPO. Without an option: the tiny model, on its aesthetic reward, in about five minutes."
+    "Train a diffusion model with DDPO. Without an option: `--config tiny`, about a minute on two cores."
     settings: tyro.conf.OmitArgPrefixes[Config] = Field(default_factory=Config)
-    config: str = '' # a shipped configuration (tiny, sd-original, sd-lora-16gb, ...) or a YAML file; flags win
+    config: str = '' # tiny (if none is given), tiny-original, sd-lora-16gb, ..., or a YAML file; flags win
     resume: str = '' # the folder of a run to go on with, from its newest checkpoint and with its own settings
     export: str = '' # a checkpoint, e.g. runs/x/checkpoints/epoch-00008.pt: write its LoRA or pipeline, and stop
     dry_run: bool = False # say what would be done, and stop
@@ -211,12 +212,12 @@ def read_command(
     given, _ = first.parse_known_args(args)
     if given.config and given.resume:
         raise ValueError('--config and --resume exclude each other: a run goes on with its own settings. Give one of them.')
-    source = Path(given.resume) / 'config.yaml' if given.resume else given.config
+    source = Path(given.resume) / 'config.yaml' if given.resume else given.config or 'tiny'
     if given.resume and not source.is_file():
         raise ValueError(f'{given.resume!r} is no run: it has no config.yaml. Expected a folder that ddpo_train has written.')
-    settings = Config(**read_config(source)) if source else Config()
+    settings = Config(**read_config(source))
     command = tyro.cli(Command, prog='ddpo_train', args=args, default=Command(settings=settings))
-    if not source and command.settings.model != 'tiny':
+    if not (given.config or given.resume) and command.settings.model != 'tiny':
         raise ValueError(f"model={command.settings.model!r} would be trained with the tiny model's settings; expected --config with one of "
                          f'{", ".join(shipped_configs())} (tiny, if these settings are wanted), or a YAML file.')
     if given.resume: check_same_run(settings, command.settings)

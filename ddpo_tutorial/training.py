@@ -23,7 +23,7 @@ from torch.nn.utils import clip_grad_norm_
 from .advantages import PerPromptStatTracker, group_advantages
 from .configs import Config
 from .pipelines import (Context, check_prompts, compute_dtype,
-    decode_latents, encode_prompts, trained_parameters)
+    decode_latents, encode_prompts, has_lora, trained_parameters)
 from .ppo import ppo_loss
 from .prompts import draw_prompts
 from .rewards import score
@@ -146,7 +146,10 @@ class State:
 
 def new_state(config: Config, pipe) -> State:
     """The state before the first epoch: AdamW over what asks for gradients, all of the UNet or a LoRA.
-    Raises ValueError for weights or a schedule that cannot be trained (lessons 00 and 04)."""
+    Raises ValueError for weights or a schedule that cannot be trained (lessons 00 and 04), and a missing LoRA."""
+    if config.lora_rank and not has_lora(pipe):
+        raise ValueError(f'lora_rank={config.lora_rank}, but the UNet has no LoRA; expected '
+                         f'add_lora(pipe, {config.lora_rank}) before.')
     check_actions(make_schedule(pipe.scheduler, config.num_inference_steps, config.etas))
     weights = trained_parameters(pipe)
     fused = pipe.device.type == 'cuda'

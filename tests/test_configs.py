@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from dataclasses import fields, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +17,8 @@ from ddpo_tutorial.configs import (
     write_config)
 from helpers import brightness
 
-SHIPPED = ['sd-alignment', 'sd-compressibility', 'sd-lora-16gb', 'sd-lora-8gb', 'sd-original', 'tiny']
+SHIPPED = ['sd-alignment', 'sd-compressibility', 'sd-fast', 'sd-lora-16gb', 'sd-lora-8gb', 'sd-lora-published',
+           'sd-original', 'tiny', 'tiny-original']
 SETTINGS = [f.name for f in fields(Config)]
 
 @pytest.fixture(autouse=True)
@@ -37,7 +39,20 @@ def test_shipped_ones_are_valid_and_can_be_planned(tmp_path, name, capsys):
     (tmp_path / 'shown.yaml').write_text(settings)
     assert read(tmp_path / 'shown.yaml') == read(name)
 
-def test_the_tiny_one_is_the_default(): assert read('tiny') == Config() == read_command([]).settings
+def test_the_command_starts_from_tiny_and_config_is_the_original():
+    assert read_command([]).settings == read('tiny') and read('tiny-original') == Config() != read('tiny')
+
+def forwards(config):
+    "Of an epoch: a backward pass counts as two forward passes, guidance doubles."
+    return 2 * config.samples_per_epoch * (config.num_inference_steps + 3 * len(config.random_steps))
+
+def test_what_the_configurations_for_stable_diffusion_are_said_to_cost():
+    lesson = (Path(__file__).parents[1] / 'nbs' / '12_stable_diffusion.ipynb').read_text(encoding='utf-8')
+    fast, published = read('sd-fast'), read('sd-lora-published')
+    assert f'= {forwards(fast):,} forward' in lesson and f'= {forwards(published):,}.' in lesson
+    total = f'{fast.num_epochs * forwards(fast):,} forward passes'
+    assert total in lesson and total in shipped_configs()['sd-fast'].read_text(encoding='utf-8')
+    for name in ('sd-lora-16gb', 'sd-lora-8gb', 'sd-alignment', 'sd-compressibility'): assert forwards(read(name)) == forwards(fast)
 
 def test_flags_win_over_the_file_and_the_file_over_the_defaults(tmp_path):
     (tmp_path / 'my.yaml').write_text('learning_rate: 5e-6\nnum_epochs: 7\nvae_slicing: true\n')
@@ -46,7 +61,7 @@ def test_flags_win_over_the_file_and_the_file_over_the_defaults(tmp_path):
     assert (command.config, command.resume, command.dry_run, command.debug) == ('my.yaml', '', False, False)
 
 @pytest.mark.parametrize('args', ['--samples_per_epoch 8', '--samples-per-epoch 8', '--samples-per-epoch=8'])
-def test_dashes_and_underscores(args): assert read_command(args.split()).settings == Config(samples_per_epoch=8)
+def test_dashes_and_underscores(args): assert read_command(args.split()).settings == replace(read('tiny'), samples_per_epoch=8)
 
 @pytest.mark.parametrize('line, wanted', [
     ('learning_rate: 5e-6', 5e-6), ('guidance_scale: 5', 5.), ('num_epochs: 3', 3), ('vae_slicing: true', True),
@@ -136,8 +151,9 @@ def test_sizes_and_description():
     assert config.sizes() == dict(
         images=30, updates=24, pairs_per_epoch=70, samples_per_update=2.5, pairs_per_update=17.5)
     said = describe(config, ['an owl', 'a fox'])
-    for words in ('a LoRA of rank 4 of tiny', "'aesthetic'", "2 prompts such as 'an owl'", '3 epochs of 10 images, 7 steps each',
-                  '30 images in all', '8 updates an epoch, each over 2.5 images', '17.5 (image, step) pairs in 3 minibatches'):
+    for words in ('a LoRA of rank 4 of tiny', "'aesthetic'", "2 prompts such as 'an owl'", '3 epochs of 10 images in groups of 1',
+                  '30 images in all. 7 steps each, 7 of them random',
+                  '8 updates an epoch, each over 2.5 images', '17.5 (image, step) pairs in 3 minibatches'):
         assert words in said, words
 
 @pytest.mark.parametrize('name, count', [('simple', 45), ('tiny', 64), ('held-out', 19), ('imagenet', 398)])
@@ -156,7 +172,7 @@ def test_help_has_every_setting_its_meaning_and_its_default(capsys):
     meanings = dict(re.findall(r'^    (\w+): .* # (.*)$', inspect.getsource(Config), re.M))
     assert list(meanings) == SETTINGS
     for name, meaning in meanings.items():
-        default = getattr(Config(), name)
+        default = getattr(read('tiny'), name)
         shown = repr(default) if default in ('', '{}') else str(default)
         option = '--' + name.replace('_', '-')
         assert re.search(f'{option}[ ,].*? {re.escape(meaning)} \\(default: {re.escape(shown)}\\)', said), name

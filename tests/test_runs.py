@@ -31,7 +31,7 @@ from helpers import PROMPTS, brightness, micro_pipeline
 
 COMMAND = str(Path(sys.executable).parent / 'ddpo_train')
 TINY = dict(samples_per_epoch=3, sample_batch_size=2, updates_per_epoch=2, num_inference_steps=2, eval_images=2, watch_images=0)
-FLAGS = [word for name, value in TINY.items() for word in (f'--{name}', str(value))]
+FLAGS = ['--config', 'tiny-original'] + [word for name, value in TINY.items() for word in (f'--{name}', str(value))]
 ENV = os.environ | dict(HF_HUB_OFFLINE='1', CUDA_VISIBLE_DEVICES='', MPLBACKEND='agg')
 SMALL = Config(num_epochs=3, samples_per_epoch=5, sample_batch_size=2, num_inference_steps=2, updates_per_epoch=2, learning_rate=1e-3,
     buffer_size=4, min_count=2)

@@ -10,7 +10,7 @@ from torch import nn
 from torch.distributions import Normal
 
 from ddpo_tutorial.advantages import PerPromptStatTracker, group_advantages
-from ddpo_tutorial.configs import Config
+from ddpo_tutorial.configs import Config, read_config
 from ddpo_tutorial.pipelines import Context, add_lora, decode_latents
 from ddpo_tutorial.prompts import draw_prompts, fill_template, simple_animals
 from ddpo_tutorial.rewards import WeightedSum, jpeg_incompressibility, tiny_aesthetic
@@ -530,11 +530,17 @@ def test_parts_of_a_sum_have_columns(micro):
 # learning
 
 @pytest.mark.slow
-def test_a_reward_rises(tiny):
-    "Two epochs of the defaults: with the sign of the loss, the advantages or the ratio wrong, the score would fall, or stay."
-    config, reward, prompts = Config(num_epochs=2), tiny_aesthetic(), fill_template(simple_animals())
+@pytest.mark.parametrize('name, epochs', [('tiny-original', 2), ('tiny', 4)])
+def test_a_reward_rises(tiny, name, epochs):
+    "With the sign of the loss, the advantages or the ratio wrong, the score would fall, or stay."
+    config, reward, prompts = replace(Config(**read_config(name)), num_epochs=epochs), tiny_aesthetic(), fill_template(simple_animals())
     pipe = trainable_copy(tiny)
-    before = evaluate(config, pipe, reward, prompts).rewards
+    if config.lora_rank: add_lora(pipe, config.lora_rank)
+    before = evaluate(Config(), pipe, reward, prompts).rewards
     train(config, pipe, reward, prompts)
-    after = evaluate(config, pipe, reward, prompts).rewards
+    after = evaluate(Config(), pipe, reward, prompts).rewards
     assert (after - before).mean() > .4 * before.std()
+
+def test_a_lora_that_is_not_there(micro):
+    "Settings for a LoRA would ruin a whole UNet: their learning rate is far larger."
+    with pytest.raises(ValueError, match=r'lora_rank=4, but .* add_lora\(pipe, 4\)'): new_state(replace(SMALL, lora_rank=4), micro)

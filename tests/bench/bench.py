@@ -14,7 +14,8 @@ import torch
 from report import TITLES, Store, markdown
 from settings import describe, for_device
 
-DEFAULT = dict(cpu=['sampling', 'training', 'recipe', 'reward'], cuda=['sampling', 'training', 'recipe', 'limit', 'lora', 'reward'])
+DEFAULT = dict(cpu=['sampling', 'training', 'overhead', 'recipe', 'reward'],
+               cuda=['sampling', 'training', 'overhead', 'recipe', 'limit', 'lora', 'reward'])
 
 
 def arguments() -> argparse.Namespace: # what was asked for
@@ -42,6 +43,9 @@ def measure(
         import identical
         checks = identical.check_all(settings)
         store.put(part, environment, checks=checks, rows=identical.rows_of(part, settings))
+    elif part == 'overhead':
+        import overhead
+        store.put(part, environment, rows=overhead.overhead_part(settings))
     elif part == 'recipe':
         import recipe
         store.put(part, environment, checks=recipe.check_recipe(settings), rows=recipe.recipe_part(settings))
