@@ -92,7 +92,7 @@ def test_from_a_notebook(tmp_path):
     lesson = json.loads((HERE.parent / 'nbs' / '09_runs.ipynb').read_text(encoding='utf-8'))
     blocks = [block for c in lesson['cells'] for block in re.findall(r'```python\n(.*?)```', ''.join(c['source']), re.S)]
     code, = (block for block in blocks if 'notebook_launcher' in block)
-    settings = ', '.join(f'{name.removeprefix("--")}={value}' for name, value in zip(FLAGS[::2], FLAGS[1::2]))
+    settings = ', '.join(f'{name.removeprefix("--")}={value}' for name, value in zip(FLAGS[2::2], FLAGS[3::2]))
     head = 'from ddpo_tutorial.configs import Config\nfrom ddpo_tutorial.runs import train_run\n'
     cell = new_code_cell(head + code.replace('Config()', f"Config({settings}, num_epochs=1, out='launched')"))
     resources = dict(metadata=dict(path=tmp_path))
