@@ -170,12 +170,13 @@ def describe(
     "What a run will do, with the sizes its settings come to."
     s, updates = config.sizes(), config.num_inner_epochs * config.updates_per_epoch
     what = f'a LoRA of rank {config.lora_rank} of {config.model}' if config.lora_rank else config.model
+    minibatches = ceil(s['pairs_per_update'] / config.minibatch_size)
     return (f'Training {what} with DDPO on the reward {config.reward!r}, {len(prompts)} prompts such as {prompts[0]!r}.\n'
             f'{config.num_epochs} epochs of {config.samples_per_epoch} images in groups of {config.group_size}: '
             f'{s["images"]} images in all. {config.num_inference_steps} steps each, {len(config.random_steps)} of them random, '
             f'guidance {config.guidance_scale}.\n'
             f'{updates} updates an epoch, each over {s["samples_per_update"]:g} images: {s["pairs_per_update"]:g} (image, step) pairs in '
-            f'{ceil(s["pairs_per_update"] / config.minibatch_size)} minibatches; learning rate {config.learning_rate}.')
+            f'{minibatches} minibatch{"es" * (minibatches > 1)}; learning rate {config.learning_rate}.')
 
 # %% ../nbs/10_configs.ipynb #223bd7c1
 @dataclass

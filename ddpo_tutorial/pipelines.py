@@ -51,7 +51,7 @@ def contact_sheet(
     images: torch.Tensor, # (B, 3, H, W) in [0, 1]
     titles: list[str] | None = None, # one under each picture
     columns: int = 8, # pictures in a row
-    size: int = 96, # pixels a picture is shown at
+    size: int = 128, # pixels a picture is shown at
 ) -> Image.Image: # one picture
     "Lay images out in rows, with a line of text under each. Raises ValueError when there are none."
     if len(images) == 0: raise ValueError('contact_sheet got 0 images; expected at least one.')

@@ -18,7 +18,7 @@ from ddpo_tutorial.configs import (
 from helpers import brightness
 
 SHIPPED = ['sd-alignment', 'sd-compressibility', 'sd-fast', 'sd-lora-16gb', 'sd-lora-8gb', 'sd-lora-published',
-           'sd-original', 'tiny', 'tiny-original']
+           'sd-original', 'smoke', 'tiny', 'tiny-original']
 SETTINGS = [f.name for f in fields(Config)]
 
 @pytest.fixture(autouse=True)
@@ -155,6 +155,7 @@ def test_sizes_and_description():
                   '30 images in all. 7 steps each, 7 of them random',
                   '8 updates an epoch, each over 2.5 images', '17.5 (image, step) pairs in 3 minibatches'):
         assert words in said, words
+    assert ' in 1 minibatch;' in describe(Config(samples_per_epoch=8, num_inference_steps=4), ['a cat'])
 
 @pytest.mark.parametrize('name, count', [('simple', 45), ('tiny', 64), ('held-out', 19), ('imagenet', 398)])
 def test_lists_of_prompts(name, count):

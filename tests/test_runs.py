@@ -71,6 +71,16 @@ def test_the_folder_holds_what_it_says(alone):
     assert [p.name for p in checkpoints(folder / 'checkpoints')] == ['epoch-00002.pt', 'epoch-00003.pt']
     assert Config(**read_config(folder / 'config.yaml')) == Config(num_epochs=3, out='run', **TINY)
 
+def test_the_smoke_run_is_short_and_whole(tmp_path):
+    "In CPU seconds, because other tests run beside it: 20 seconds on two cores."
+    with (tmp_path / 'said.txt').open('w') as said:
+        process = subprocess.Popen([COMMAND, '--config', 'smoke', '--out', 'run'], cwd=tmp_path, env=ENV, stdout=said, stderr=said)
+        _, status, used = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    assert process.returncode == 0, (tmp_path / 'said.txt').read_text()
+    assert used.ru_utime + used.ru_stime < 40
+    assert {name for name in FILES if not (tmp_path / 'run' / name).exists()} == {'pipeline'} # it is a LoRA that is trained
+
 def test_it_says_what_it_does_and_when_it_will_end(alone):
     said = alone[1]
     for words in ('9 images in all', '2 updates an epoch', 'epoch   1/3', 'epoch   3/3', 'ends about', 'standard deviations'):

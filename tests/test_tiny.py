@@ -129,10 +129,9 @@ BARS = { # the median of ten seeds, at least
 
 MISSED = pytest.mark.xfail(strict=True, reason='missed by the stored runs, and README says so')
 
-@pytest.mark.parametrize('key', [pytest.param(k, marks=MISSED if k == 'trained_gain_in_sd' else ()) for k in BARS])
+@pytest.mark.parametrize('key', [pytest.param(k, marks=MISSED if k == 'unseen_named_after' else ()) for k in BARS])
 def test_the_default_reaches(key): assert np.median(column(key)) >= BARS[key]
 
-@MISSED
 def test_no_seed_of_the_default_is_lost(): assert min(column('trained_gain_in_sd')) >= 1.5
 
 def test_no_seed_of_the_default_took_longer_than_a_minute_and_a_half(): assert max(column('minutes')) <= 1.5
@@ -153,7 +152,8 @@ def test_readme_table_is_the_stored_one():
         cells = [f"{r[f'{name}_before']:.2f} → {r[f'{name}_after']:.2f} | **{r[f'{name}_gain_in_sd']:+.2f}** | "
                  f"{r[f'{name}_named_after']:.0%}" for name in ('trained', 'unseen')]
         assert f"| {r['seed']:.0f} | {' | '.join(cells)} | {60 * r['minutes']:.0f} |" in readme
-    medians = [f"{np.median([r[f'{name}_gain_in_sd'] for r in DEFAULT]):+.2f}" for name in ('trained', 'unseen')]
-    assert f'Median of the ten: {medians[0]} and {medians[1]}.' in readme
+    (gain, named), (unseen, recognised) = ([np.median([r[f'{name}_{key}'] for r in DEFAULT]) for key in ('gain_in_sd', 'named_after')]
+                                           for name in ('trained', 'unseen'))
+    assert f'Medians of the ten: {gain:+.2f} with {named:.0%} named, and {unseen:+.2f} with {recognised:.0%}.' in readme
     low, high = (f"{of(r['trained_gain_in_sd'] for r in ORIGINAL):+.1f}" for of in (min, max))
     assert f'between {low} and {high} (seeds 0 to 2)' in readme
