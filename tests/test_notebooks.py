@@ -55,12 +55,18 @@ def texts(path):
     return found
 
 
+def last_digit(number):
+    """What one unit of the last digit is worth, 0 for a whole number."""
+    digits, _, exponent = number.partition('e')
+    decimals = len(digits.partition('.')[2])
+    return 10. ** (int(exponent or 0) - decimals) if decimals or exponent else 0.
+
+
 def same_text(a, b, tolerance):
     """The same words; numbers within the tolerance, or one unit of their last digit."""
     if NUMBER.sub('#', a) != NUMBER.sub('#', b): return False
-    pairs = zip(NUMBER.findall(a), NUMBER.findall(b))
-    units = [(float(x), float(y), 10. ** -len((re.findall(r'\.(\d+)', y) or [''])[0])) for x, y in pairs]
-    return all(x == y or abs(x - y) <= max(tolerance * abs(y), unit if unit < 1 else 0) * 1.001 for x, y, unit in units)
+    return all(abs(float(x) - float(y)) <= 1.001 * max(tolerance * abs(float(y)), last_digit(y))
+               for x, y in zip(NUMBER.findall(a), NUMBER.findall(b)))
 
 
 def test_a_changed_number_is_seen():

@@ -109,8 +109,9 @@ def checks(
 def reward_cells(
     run: dict, # of `Curve.result`, with its side, settings and seed
 ) -> list: # cells
-    "A run in a row of the table."
-    reached = [f'{run["seconds_to_aim"]:.1f}', f'{run["forwards_to_aim"]:.0f}'] if run['seconds_to_aim'] else ['not reached', '']
+    "A run in a row of the table. The search (seeds from 100) goes by forward passes, so its seconds are left out."
+    seconds = f'{run["seconds_to_aim"]:.1f}' if run['seconds_to_aim'] and run['seed'] < 100 else ''
+    reached = [seconds, f'{run["forwards_to_aim"]:.0f}' if run['forwards_to_aim'] else 'not reached']
     return [run['side'], run['settings'], run['seed'], *reached, f'{max(run["gains"]):+.2f}', len(run['gains']) - 1]
 
 

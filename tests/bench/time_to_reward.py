@@ -130,14 +130,16 @@ def run_trl(
     return curve.result()
 
 
-def best_trl(
+def ranked_trl(
     runs: list[dict], # so far
-) -> str: # its name
-    "TRL's settings with the smallest median on the seeds for choosing; a run that did not get there counts as infinite."
-    def median(name):
+) -> list[str]: # names, the best first
+    """TRL's settings by the median of what it took to the aim on the seeds for choosing, infinite for a run that did not get there;
+    among equals by the largest gain."""
+    def rank(name):
         mine = [r for r in runs if r['side'] == 'trl' and r['settings'] == name and r['seed'] in SEARCH_SEEDS]
-        return statistics.median(r['forwards_to_aim'] or math.inf for r in mine) if mine else math.inf
-    return min(TRL, key=median)
+        took, gain = (statistics.median(values) for values in zip(*((r['forwards_to_aim'] or math.inf, max(r['gains'])) for r in mine)))
+        return took, -gain
+    return sorted(TRL, key=rank)
 
 
 def reward_part(
@@ -145,7 +147,8 @@ def reward_part(
     done: list[dict], # runs that a former call has finished: not run again
     keep, # called with all runs after each
 ) -> list[dict]: # all runs
-    "First TRL's settings on the seeds for choosing, then ours and TRL's best in turn. Each run is kept as soon as it is finished."
+    """All of TRL's settings on the first seed for choosing, the two best on the other two as well; then ours and TRL's best in turn on
+    the seeds for comparing. Each run is kept as soon as it is finished."""
     runs = list(done)
 
     def run(side, name, seed):
@@ -157,9 +160,12 @@ def reward_part(
         runs.append(dict(side=side, settings=name, seed=seed, **result))
         keep(runs)
 
-    for seed in SEARCH_SEEDS[:1] if settings.quick else SEARCH_SEEDS:
-        for name in TRL: run('trl', name, seed)
-    best = best_trl(runs)
+    first, *more = SEARCH_SEEDS
+    for name in TRL: run('trl', name, first)
+    best = ranked_trl(runs)[:2]
+    for name in [] if settings.quick else best:
+        for seed in more: run('trl', name, seed)
+    best = min(best, key=ranked_trl(runs).index)
     for seed in SEEDS[:1] if settings.quick else SEEDS:
         run('ours', 'tiny', seed)
         run('trl', best, seed)
