@@ -92,7 +92,8 @@ def one_notebook(path):
 
     class Notebook:
         @pytest.fixture(scope='class')
-        def ran(self, tmp_path_factory):
+        @classmethod
+        def ran(cls, tmp_path_factory):
             folder = tmp_path_factory.mktemp(path.stem)
             last = folder / 'last.py'
             names = f'NAMES = {graded(path)}'
