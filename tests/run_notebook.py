@@ -24,7 +24,7 @@ def run(
     if last: notebook.cells.append(mk_cell(last.read_text(encoding='utf-8')))
     shell = CaptureShell(path)
     os.chdir(path.parent)
-    os.environ['IN_TEST'] = '1' # nbdev's word for it: lesson 12 then writes to a temporary folder
+    os.environ['IN_TEST'] = '1' # nbdev's word for it: the last lesson then writes to a temporary folder
     try: shell.run_all(notebook, exc_stop=True, preproc=lambda c: c.cell_type != 'code' or bool(LEFT_OUT.search(c.source)))
     except Exception: raise SystemExit(shell.prettytb(fname=path))
     finally: write_nb(notebook, output)

@@ -1,4 +1,4 @@
-"""Lesson 12: answers that its checkers must refuse, and right ones in another form."""
+"""Lesson 13: answers that its checkers must refuse, and right ones in another form."""
 
 
 def passes_of(config, backward=2, looking=True, inner=True, window=True, epochs=True, evaluations=2):
