@@ -32,8 +32,9 @@ notebooks = pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: p.stem)
 modules = pytest.mark.parametrize('path', MODULES, ids=lambda p: p.stem)
 
 
-def cells(path, kind='code'):
-    return [c for c in json.loads(path.read_text(encoding='utf-8'))['cells'] if c['cell_type'] == kind]
+def cells(path, *kinds):
+    """The cells of a notebook, of these kinds: code if none is given."""
+    return [c for c in json.loads(path.read_text(encoding='utf-8'))['cells'] if c['cell_type'] in (kinds or ('code',))]
 
 
 def source(cell):

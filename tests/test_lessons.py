@@ -1,5 +1,4 @@
 """What the lessons promise their readers: times to read, folded solutions, learners' copies that need none of them"""
-import json
 import re
 import shutil
 import subprocess
@@ -7,6 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from test_gates import cells, source
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / 'README.md').read_text(encoding='utf-8')
@@ -16,12 +17,8 @@ WORDS, LINES = 200, 12 # a minute
 lessons = pytest.mark.parametrize('path', LESSONS, ids=lambda p: p.stem)
 
 
-def cells(path):
-    return json.loads(path.read_text(encoding='utf-8'))['cells']
-
-
-def source(cell):
-    return ''.join(cell['source'])
+def all_cells(path):
+    return cells(path, 'markdown', 'code')
 
 
 def is_solution(cell):
@@ -31,7 +28,7 @@ def is_solution(cell):
 def minutes_to_read(path):
     """Words and lines of code, without the solutions, to the nearest five minutes."""
     minutes = 0
-    for cell in cells(path):
+    for cell in all_cells(path):
         if is_solution(cell): continue
         text = source(cell)
         if cell['cell_type'] == 'code': minutes += sum(bool(line.strip()) for line in text.splitlines()) / LINES
@@ -42,7 +39,7 @@ def minutes_to_read(path):
 @lessons
 def test_time_to_read_is_counted(path):
     """In the lesson's first cell and in README's table."""
-    said = re.search(r'(\d+)(?: minutes)? to read', source(cells(path)[0]))
+    said = re.search(r'(\d+)(?: minutes)? to read', source(all_cells(path)[0]))
     row, = re.findall(rf'^\| \[.*\]\(nbs/{path.name}\).*$', README, re.M)
     assert said and int(said[1]) == minutes_to_read(path) == int(row.split('|')[4]), minutes_to_read(path)
 
@@ -55,17 +52,17 @@ def test_readme_adds_the_times_up():
 @lessons
 def test_solutions_are_the_end_and_folded(path):
     """Nothing to see of an answer before it is asked for."""
-    tagged = [is_solution(c) for c in cells(path)]
+    tagged = [is_solution(c) for c in all_cells(path)]
     first = tagged.index(True)
-    assert all(tagged[first:]) and source(cells(path)[first]).startswith('## Solutions')
-    for cell in cells(path)[first:]:
+    assert all(tagged[first:]) and source(all_cells(path)[first]).startswith('## Solutions')
+    for cell in all_cells(path)[first:]:
         if cell['cell_type'] == 'code': assert cell['metadata']['jupyter']['source_hidden'], source(cell)
 
 
 @lessons
 def test_every_exercise_has_a_stub_and_a_solution(path):
     """Both checked by the same checker."""
-    text = '\n'.join(source(c) for c in cells(path) if c['cell_type'] == 'code')
+    text = '\n'.join(source(c) for c in cells(path))
     names = re.findall(r'^grade\(check_(\w+), \1\)$', text, re.M)
     assert names
     for name in names:

@@ -82,10 +82,6 @@ def graded(path):
     return set(re.findall(r'grade\((check_\w+),', text))
 
 
-@pytest.mark.parametrize('path', sorted((ROOT / 'nbs').glob('[0-9]*.ipynb')), ids=lambda p: p.stem)
-def test_every_lesson_has_an_exercise(path): assert graded(path)
-
-
 def one_notebook(path):
     "A class for each notebook: pytest-xdist keeps a class in one process, and puts each wherever there is room."
     answers = Path(__file__).parent / 'answers' / f'{path.stem}.py'
