@@ -1,22 +1,14 @@
-"""What waits for a GPU, in one command: `python tests/bench/gpu.py`. Each part checks itself and is stored with the card's name
-
-What is stored is not done again, so after an interruption the same command goes on. `--quick --device cpu` runs the same code at
-small sizes with the tiny model.
-"""
+"""What waits for a GPU, in one command that checks itself: `python tests/bench/gpu.py`; README.md has the parts"""
 import argparse
 import csv
 import json
-import os
 import statistics
 import subprocess
 import sys
 import time
 from dataclasses import replace
 from importlib.util import find_spec
-from math import ceil
 from pathlib import Path
-
-os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')
 
 import torch
 
@@ -50,15 +42,14 @@ def model_of(name, settings, **changes): # Config, StableDiffusionPipeline
 def tiny_part(settings, folder) -> dict:
     "Does the tiny model learn in bfloat16 what it learns on a CPU in 32 bits? Seeds 0 to 2, measured as in lesson 07."
     reward, prompts, gains, look = tiny_aesthetic(settings.device), settings.prompts(45), [], Config(dtype='bfloat16')
-    short = dict(num_epochs=1, samples_per_epoch=8) if settings.quick else {}
     for seed in range(3):
-        config = Config(**read_config('tiny') | dict(seed=seed, dtype='bfloat16') | short)
+        config = Config(**read_config('smoke' if settings.quick else 'tiny') | dict(seed=seed, dtype='bfloat16'))
         pipe = load_model(config, settings.device)
         before = evaluate(look, pipe, reward, prompts[:8] if settings.quick else prompts * 2)
         train(config, pipe, reward, prompts)
         gains.append(summary(before, evaluate(look, pipe, reward, before.prompts))['gain_in_std'])
-    with (ROOT / 'nbs' / 'results' / '07_tiny_seeds.csv').open(newline='') as f:
-        cpu = [float(row['trained_gain_in_sd']) for row in csv.DictReader(f)]
+    seeds = (ROOT / 'nbs' / 'results' / '07_tiny_seeds.csv').read_text().splitlines()
+    cpu = [float(row['trained_gain_in_sd']) for row in csv.DictReader(seeds)]
     return dict(gains=gains, cpu=cpu, good=min(gains) >= 1 and statistics.median(gains) >= min(cpu))
 
 
@@ -90,19 +81,19 @@ def memory_part(settings, folder) -> dict:
     rows = {}
     for name in ('sd-lora-8gb', 'sd-lora-16gb', 'sd-fast', 'sd-original'):
         config, pipe = model_of(name, settings)
-        n = ceil(2 * config.minibatch_size / len(config.random_steps)) # pictures that give two minibatches
+        n = -(-2 * config.minibatch_size // len(config.random_steps)) # pictures that give two minibatches
         short = replace(config, samples_per_epoch=n, updates_per_epoch=1, sample_batch_size=1, group_size=1, shared_noise=False)
         batch, state = collect(short, pipe, brightness, settings.prompts(n), list(range(n))), new_state(short, pipe)
-        def work(): update(short, pipe, state, batch, torch.linspace(-1, 1, n), epoch_rng(0, 0))
         parts = memory(config) | dict(reward=0)
-        try: peak = peak_growth(work, settings.device)
+        try: peak = peak_growth(lambda: update(short, pipe, state, batch, torch.linspace(-1, 1, n), epoch_rng(0, 0)), settings.device)
         except torch.OutOfMemoryError: peak = None
         if settings.device == 'cpu': parts['weights'] = 0 # what is measured there is what an update adds to them
         elif peak: peak = torch.cuda.max_memory_allocated()
         rows[name] = dict(parts, counted=sum(parts.values()), peak=peak, ratio=peak and peak / sum(parts.values()))
         pipe = state = batch = None
         give_back()
-    return dict(rows=rows, good=all(.75 <= row['ratio'] <= 1.25 for row in rows.values() if row['peak']))
+    most = 1.25 if settings.device == 'cuda' else 4 # a CPU's libraries set much aside
+    return dict(rows=rows, good=all(.75 <= row['ratio'] <= most for row in rows.values() if row['peak']))
 
 
 def epoch_part(settings, folder) -> dict:
@@ -111,9 +102,7 @@ def epoch_part(settings, folder) -> dict:
     for name in ('sd-lora-16gb', 'sd-fast'):
         config, pipe = model_of(name, settings)
         short = replace(config, num_epochs=1, samples_per_epoch=4 if settings.quick else 32, updates_per_epoch=1)
-        def work(): train(short, pipe, brightness, settings.prompts(45))
-        work() # warm-up
-        seconds = seconds_of(work, settings.device)
+        _, seconds = (seconds_of(lambda: train(short, pipe, brightness, settings.prompts(45)), settings.device) for _ in range(2))
         steps = 2 * short.samples_per_epoch * (short.num_inference_steps + 3 * len(short.random_steps))
         rows[name] = dict(minutes=seconds * config.samples_per_epoch / short.samples_per_epoch / 60, passes_a_second=steps / seconds)
         give_back()
@@ -123,8 +112,8 @@ def epoch_part(settings, folder) -> dict:
 def bench_part(settings, folder) -> dict:
     "The benchmark's table for this device; without TRL, the parts that do without it."
     parts = ['overhead'] if settings.quick else [] if find_spec('trl') else ['overhead', 'recipe', 'limit', 'lora']
-    command = [HERE / 'bench.py', '--device', settings.device, '--out', folder / f'{"quick-" * settings.quick}{settings.device}.md']
-    done = subprocess.run([sys.executable, *command, *['--parts'] * bool(parts), *parts, *['--quick'] * settings.quick], cwd=ROOT)
+    options = [*['--parts'] * bool(parts), *parts, *['--quick'] * settings.quick, '--out', folder / f'{settings.device}.md']
+    done = subprocess.run([sys.executable, HERE / 'bench.py', '--device', settings.device, *options], cwd=ROOT)
     return dict(parts=parts or 'all', good=done.returncode == 0)
 
 
