@@ -79,7 +79,7 @@ def ratios_part(settings, folder) -> dict:
 def memory_part(settings, folder) -> dict:
     "An update's peak over the count of `--dry-run`; without the reward's network, which is not loaded here."
     rows = {}
-    for name in ('sd-lora-8gb', 'sd-lora-16gb', 'sd-fast', 'sd-original'):
+    for name in ('sd-lora-8gb', 'sd-original', *(() if settings.quick else ('sd-lora-16gb', 'sd-fast'))):
         config, pipe = model_of(name, settings)
         n = -(-2 * config.minibatch_size // len(config.random_steps)) # pictures that give two minibatches
         short = replace(config, samples_per_epoch=n, updates_per_epoch=1, sample_batch_size=1, group_size=1, shared_noise=False)
