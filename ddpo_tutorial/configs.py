@@ -123,6 +123,13 @@ class Config:
         return dict(images=self.num_epochs * samples, updates=self.num_epochs * updates, pairs_per_epoch=pairs,
             samples_per_update=samples / self.updates_per_epoch, pairs_per_update=pairs / self.updates_per_epoch)
 
+    @property
+    def forward_passes(self) -> int:
+        "Of the UNet for one picture, in the whole run: one to draw a step, three to train on it, twice as many with guidance."
+        drawn = self.num_epochs * (self.samples_per_epoch + self.watch_images) + 2 * self.eval_images
+        trained = self.num_epochs * self.num_inner_epochs * self.sizes()['pairs_per_epoch']
+        return (drawn * self.num_inference_steps + 3 * trained) * (2 if self.guidance_scale > 1 else 1)
+
 # %% ../nbs/10_configs.ipynb #a575f802
 def shipped_configs() -> dict: # name -> file
     "The configurations that come with the package."
