@@ -424,25 +424,26 @@ def export_checkpoint(
 def saved_bytes(unet, dtype: torch.dtype, rows: int, checkpointing: bool = False) -> int:
     """What autograd keeps of a forward pass besides the weights: the storages of all saved tensors. `unet` is on the
     meta device, `dtype` that of its products, `rows` its batch: two for a guided pair."""
-    kept, again, size = {}, [{}], np.broadcast_to(unet.config.sample_size, 2).tolist()
-    def note(found, tensor): found[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
-    def saving(found): return torch.autograd.graph.saved_tensors_hooks(partial(note, found), lambda nothing: nothing)
-    def fused(q, k, v, **options): return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[0]
-    def block(module, *inputs): # what gradient checkpointing does with each block
-        for tensor in filter(torch.is_tensor, inputs): note(kept, tensor)
-        again.append({})
-        with saving(again[-1]): return module(*inputs)
+    kept, again, hooks = set(), [set()], torch.autograd.graph.saved_tensors_hooks
+    def fused(q, k, v, **options):
+        "Attention as on a GPU, which does not keep its matrix."
+        return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[0]
+    def block(module, *inputs):
+        "What gradient checkpointing does with each block."
+        kept.update(x.untyped_storage() for x in inputs if torch.is_tensor(x))
+        again.append(set())
+        with hooks(lambda x: again[-1].add(x.untyped_storage()), str): return module(*inputs) # nothing is unpacked
     if checkpointing: unet.enable_gradient_checkpointing(block)
-    # without a GPU, attention would keep its matrix and autocast stay off
     with FakeTensorMode(), patch('torch.nn.functional.scaled_dot_product_attention', fused), torch.autocast('cuda', dtype, enabled=False):
-        torch.set_autocast_enabled('cuda', dtype != torch.float32)
+        torch.set_autocast_enabled('cuda', dtype != torch.float32) # by hand: without a GPU it would stay off
         new = partial(torch.empty, device='cuda', dtype=unet.dtype)
         weights = {n: new(p.shape, dtype=p.dtype, requires_grad=p.requires_grad) for n, p in unet.named_parameters()}
+        size = np.broadcast_to(unet.config.sample_size, 2).tolist() # the config holds one number or two
         inputs = new(rows, unet.config.in_channels, *size), new(rows), new(rows, 77, unet.config.cross_attention_dim)
-        with saving(kept): torch.func.functional_call(unet, weights, inputs)
-    own = {w.untyped_storage()._cdata for w in weights.values()}
-    largest = max(sum(s.nbytes() for k, s in found.items() if k not in own | kept.keys()) for found in again)
-    return sum(s.nbytes() for k, s in kept.items() if k not in own) + largest
+        with hooks(lambda x: kept.add(x.untyped_storage()), str): torch.func.functional_call(unet, weights, inputs)
+    own = {w.untyped_storage() for w in weights.values()}
+    largest = max(sum(s.nbytes() for s in found - own - kept) for found in again)
+    return sum(s.nbytes() for s in kept - own) + largest
 
 # %% ../nbs/09_runs.ipynb #9eed0004
 SD_UNET, SD_REST = dict(sample_size=64, cross_attention_dim=768, attention_head_dim=8), 206_714_343 # v1.4's; weights

@@ -89,17 +89,24 @@ def gpu(monkeypatch):
 def asked(tmp_path, *parts): return ['--quick', '--device', 'cpu', '--out', str(tmp_path / 'gpu.json'), '--parts', *parts]
 
 def test_gpu_script_runs_on_a_cpu(gpu, tmp_path, capsys):
-    "All but the notebook, which has a test of its own. What is stored is not done again."
-    parts = ['tiny', 'ratios', 'memory', 'epoch', 'bench']
-    code = gpu.main(asked(tmp_path, *parts)) # two epochs do not learn what nine do, so `tiny` may be called not good
+    "What is stored is not done again."
+    parts = ['ratios', 'memory', 'epoch']
+    assert gpu.main(asked(tmp_path, *parts)) == 0
     stored = json.loads((tmp_path / 'gpu.json').read_text())
-    assert list(stored) == parts and [stored[p]['good'] for p in parts[1:]] == [True] * 4 and code == (not stored['tiny']['good'])
-    assert len(stored['tiny']['gains']) == 3 and len(stored['tiny']['cpu']) == 10 and set(stored['ratios']['scatter']) == set(DTYPES)
+    assert list(stored) == parts and set(stored['ratios']['scatter']) == set(DTYPES)
+    assert set(stored['memory']['rows']) == {'sd-lora-8gb', 'sd-original'}
     assert all(part['minutes'] > 0 and 'CPU cores' in part['environment']['hardware'] for part in stored.values())
-    assert set(stored['memory']['rows']) == {'sd-lora-8gb', 'sd-original'} and (tmp_path / 'cpu.md').is_file()
     capsys.readouterr()
-    assert gpu.main(asked(tmp_path, *parts)) == code and capsys.readouterr().out.count(' good ') >= 4
+    assert gpu.main(asked(tmp_path, *parts)) == 0 and capsys.readouterr().out.count(' good ') == 3
     assert json.loads((tmp_path / 'gpu.json').read_text()) == stored
+
+@pytest.mark.slow
+def test_the_long_parts_of_the_gpu_script_run_on_a_cpu(gpu, tmp_path):
+    "All but the notebook, which has a test of its own. Two epochs do not learn what nine do, so `tiny` may be called not good."
+    code = gpu.main(asked(tmp_path, 'tiny', 'bench'))
+    stored = json.loads((tmp_path / 'gpu.json').read_text())
+    assert stored['bench']['good'] and (tmp_path / 'cpu.md').is_file() and code == (not stored['tiny']['good'])
+    assert len(stored['tiny']['gains']) == 3 and len(stored['tiny']['cpu']) == 10
 
 def test_gpu_script_sees_faults(gpu, tmp_path, monkeypatch):
     "Rescoring with another guidance, and a count that leaves three quarters out."

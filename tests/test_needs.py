@@ -99,7 +99,8 @@ def test_a_folder_has_its_own_shape(tmp_path):
     weights = sum(p.numel() for p in micro_pipeline().unet.parameters())
     assert memory(config)['gradients'] == 4 * weights
     kept = [memory(c)['activations'] for c in (config, replace(config, guidance_scale=2.), replace(config, minibatch_size=4))]
-    assert kept[1] > 1.8 * kept[0] > 3.3 * kept[2] and memory(replace(config, minibatch_size=8))['activations'] == kept[0]
+    assert kept[1] > 1.8 * kept[0] and kept[0] > 1.5 * kept[2], kept
+    assert memory(replace(config, minibatch_size=8))['activations'] == kept[0]
 
 # time
 
