@@ -88,6 +88,7 @@ def gpu(monkeypatch):
 
 def asked(tmp_path, *parts): return ['--quick', '--device', 'cpu', '--out', str(tmp_path / 'gpu.json'), '--parts', *parts]
 
+@pytest.mark.slow
 def test_gpu_script_runs_on_a_cpu(gpu, tmp_path, capsys):
     "What is stored is not done again."
     parts = ['ratios', 'memory', 'epoch']
@@ -108,6 +109,7 @@ def test_the_long_parts_of_the_gpu_script_run_on_a_cpu(gpu, tmp_path):
     assert stored['bench']['good'] and (tmp_path / 'cpu.md').is_file() and code == (not stored['tiny']['good'])
     assert len(stored['tiny']['gains']) == 3 and len(stored['tiny']['cpu']) == 10
 
+@pytest.mark.slow
 def test_gpu_script_sees_faults(gpu, tmp_path, monkeypatch):
     "Rescoring with another guidance, and a count that leaves three quarters out."
     monkeypatch.setattr(gpu, 'rescore', another_guidance)
