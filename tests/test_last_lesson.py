@@ -86,6 +86,8 @@ def gpu(monkeypatch):
     import gpu
     return gpu
 
+def test_gpu_script_allows_what_the_lesson_allows(gpu, lesson): assert gpu.ALLOWED == lesson['SCATTER']
+
 def asked(tmp_path, *parts): return ['--quick', '--device', 'cpu', '--out', str(tmp_path / 'gpu.json'), '--parts', *parts]
 
 @pytest.mark.slow

@@ -103,8 +103,8 @@ def epoch_part(settings, folder) -> dict:
         config, pipe = model_of(name, settings)
         short = replace(config, num_epochs=1, samples_per_epoch=4 if settings.quick else 32, updates_per_epoch=1)
         _, seconds = (seconds_of(lambda: train(short, pipe, brightness, settings.prompts(45)), settings.device) for _ in range(2))
-        steps = 2 * short.samples_per_epoch * (short.num_inference_steps + 3 * len(short.random_steps))
-        rows[name] = dict(minutes=seconds * config.samples_per_epoch / short.samples_per_epoch / 60, passes_a_second=steps / seconds)
+        rate = short.epoch_passes / seconds
+        rows[name] = dict(minutes=config.epoch_passes / rate / 60, passes_a_second=rate)
         give_back()
     return dict(rows=rows, good=True)
 
