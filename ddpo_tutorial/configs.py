@@ -123,6 +123,18 @@ class Config:
         return dict(images=self.num_epochs * samples, updates=self.num_epochs * updates, pairs_per_epoch=pairs,
             samples_per_update=samples / self.updates_per_epoch, pairs_per_update=pairs / self.updates_per_epoch)
 
+    @property
+    def epoch_passes(self) -> int:
+        "Forward passes of the UNet for one picture: one to draw a step, three to train on it, twice as many with guidance."
+        steps = self.num_inference_steps + 3 * len(self.random_steps) * self.num_inner_epochs
+        return self.samples_per_epoch * steps * (1 + (self.guidance_scale > 1))
+
+    @property
+    def forward_passes(self) -> int:
+        "Those of a whole run, with the pictures that are only looked at."
+        looks = (self.num_epochs * self.watch_images + 2 * self.eval_images) * self.num_inference_steps
+        return self.num_epochs * self.epoch_passes + looks * (1 + (self.guidance_scale > 1))
+
 # %% ../nbs/10_configs.ipynb #a575f802
 def shipped_configs() -> dict: # name -> file
     "The configurations that come with the package."

@@ -30,14 +30,6 @@ class Reached(Exception):
     "The evaluation reward has risen far enough, and has stayed there: this run can end."
 
 
-def forwards(
-    config: Config, # of the run
-) -> int: # an epoch
-    "Forward passes of the UNet for one picture; a backward pass counts as two, and guidance doubles."
-    steps = config.num_inference_steps + 3 * len(config.random_steps) * config.num_inner_epochs
-    return config.samples_per_epoch * steps * (2 if config.guidance_scale > 1 else 1)
-
-
 class Curve:
     "A run as it goes on: the evaluation reward after every epoch, and what its epochs cost; evaluations are not counted."
     def __init__(self,
@@ -46,7 +38,7 @@ class Curve:
         reward, # reward(images, prompts) -> (B,)
         aim: float = 1., # gain to reach, in initial standard deviations
     ):
-        self.cost, self.pipe, self.reward, self.aim = forwards(config), pipe, reward, aim
+        self.cost, self.pipe, self.reward, self.aim = config.epoch_passes, pipe, reward, aim
         self.prompts = (fill_template(simple_animals()) * 2)[:64]
         rewards = self.rewards_now()
         self.spread, self.means, self.seconds = rewards.std(correction=0).item(), [rewards.mean().item()], [0.]
@@ -155,7 +147,7 @@ def reward_part(
         if any((r['side'], r['settings'], r['seed']) == (side, name, seed) for r in runs): return
         print(f'  {side}, {name}, seed {seed}', flush=True)
         config = OURS if side == 'ours' else TRL[name]
-        epochs = 1 if settings.quick else MOST_FORWARDS // forwards(config)
+        epochs = 1 if settings.quick else MOST_FORWARDS // config.epoch_passes
         result = dict(ours=run_ours, trl=run_trl)[side](replace(config, seed=seed, num_epochs=epochs), settings.device)
         runs.append(dict(side=side, settings=name, seed=seed, **result))
         keep(runs)
