@@ -47,7 +47,7 @@ def forwards(config):
     return 2 * config.samples_per_epoch * (config.num_inference_steps + 3 * len(config.random_steps))
 
 def test_what_the_configurations_for_stable_diffusion_are_said_to_cost():
-    lesson = (Path(__file__).parents[1] / 'nbs' / '14_stable_diffusion.ipynb').read_text(encoding='utf-8')
+    lesson = (Path(__file__).parents[1] / 'nbs' / '16_stable_diffusion.ipynb').read_text(encoding='utf-8')
     fast, published = read('sd-fast'), read('sd-lora-published')
     assert f'= {forwards(fast):,} forward' in lesson and f'= {forwards(published):,}.' in lesson
     total = f'{fast.num_epochs * forwards(fast):,} forward passes'

@@ -118,7 +118,7 @@ for notebook in NOTEBOOKS: globals()[f'Test_{notebook.stem}'] = one_notebook(not
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('stem', ['09_runs', '14_stable_diffusion'])
+@pytest.mark.parametrize('stem', ['09_runs', '16_stable_diffusion'])
 def test_notebook_runs_where_products_are_in_16_bits(stem, tmp_path):
     """These two take a GPU where there is one, and a GPU computes in 16 bits. Here the CPU is asked to."""
     shutil.copytree(ROOT / 'nbs', tmp_path / 'nbs', ignore=shutil.ignore_patterns('runs', 'wandb', '.ipynb_checkpoints'))

@@ -1,4 +1,4 @@
-"""Lesson 14: answers that its checkers must refuse, and right ones in another form."""
+"""Lesson 16: answers that its checkers must refuse, and right ones in another form."""
 
 
 def passes(config, n): return replace(config, num_epochs=n).forward_passes
