@@ -114,7 +114,10 @@ def one_notebook(path):
     return Notebook
 
 
-for notebook in NOTEBOOKS: globals()[f'Test_{notebook.stem}'] = one_notebook(notebook)
+SLOW = '01_tiny_models', # no lesson: how the models in the package were made
+for notebook in NOTEBOOKS:
+    tests = one_notebook(notebook)
+    globals()[f'Test_{notebook.stem}'] = pytest.mark.slow(tests) if notebook.stem in SLOW else tests
 
 
 @pytest.mark.slow

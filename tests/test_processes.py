@@ -105,6 +105,7 @@ def test_nonsense_that_only_the_first_sees_ends_all(finished):
     done = start(2, '--no-python', COMMAND, *FLAGS, '--out', 'two', cwd=place)
     assert done.returncode != 0 and 'holds something already' in done.stderr and 'runs.py' not in done.stderr
 
+@pytest.mark.slow
 def test_more_processes_than_pictures_are_refused(tmp_path):
     words = ['--samples_per_epoch', '1', '--updates_per_epoch', '1']
     done = start(2, '--no-python', COMMAND, *FLAGS, *words, '--out', 'run', cwd=tmp_path)
@@ -118,6 +119,7 @@ def long_run(folder):
     while not (folder / 'run' / 'checkpoints' / 'epoch-00001.pt').exists() and time.monotonic() < deadline: time.sleep(.2)
     return process
 
+@pytest.mark.slow
 def test_a_signal_to_the_launcher_ends_the_epoch(tmp_path):
     "torchrun passes it on; both processes agree on where to stop, and a checkpoint is left."
     process = long_run(tmp_path)
@@ -127,6 +129,7 @@ def test_a_signal_to_the_launcher_ends_the_epoch(tmp_path):
     newest = max((tmp_path / 'run' / 'checkpoints').glob('epoch-*.pt')).stem
     assert len(table(tmp_path / 'run')) == int(newest.removeprefix('epoch-'))
 
+@pytest.mark.slow
 def test_when_one_is_killed_the_other_ends_and_says_so(tmp_path):
     process = long_run(tmp_path)
     second = next(p for p in psutil.Process(process.pid).children(recursive=True) if p.environ().get('RANK') == '1')

@@ -327,7 +327,7 @@ def test_wandb_offline_is_one_page_over_a_resume(here):
     parts = list((here / 'run' / 'wandb').glob('offline-run-*'))
     assert len(parts) == 2 and len({p.name.split('-')[-1] for p in parts}) == 1
 
-@pytest.mark.parametrize('key', ['', 'a' * 40])
+@pytest.mark.parametrize('key', ['', pytest.param('a' * 40, marks=pytest.mark.slow)])
 def test_without_a_key_or_a_network_wandb_is_offline(tmp_path, key):
     "Nobody listens at the server's address: neither the start nor the end may stall."
     clean = {k: v for k, v in ENV.items() if k not in ('WANDB_API_KEY', 'WANDB_MODE')}
