@@ -15,6 +15,11 @@ def guess_from_reward(rewards, values, size):
     r, v = within(rewards, size), within(values, size)
     return (r @ v / (r @ r)).item()
 
+def first_group(rewards, values, size): return best_coefficient_solution(rewards[:size], values[:size], size)
+
+def mean_of_slopes(rewards, values, size):
+    return np.mean([best_coefficient_solution(r, v, size) for r, v in zip(rewards.split(size), values.split(size))])
+
 def always_one(rewards, values, size): return 1.
 
 def pairs_only(rewards, values, size): return best_coefficient_solution(rewards, values, 2)
@@ -52,7 +57,7 @@ def by_a_loop(values, rewards):
 
 WRONG = {
     check_best_coefficient: [without_groups, nothing_subtracted, correlation, ratio_of_spreads, guess_from_reward, always_one,
-                             pairs_only],
+                             pairs_only, first_group, mean_of_slopes],
     check_one_step: [all_that_follows, before_minus_after, nothing_for_the_last, one_step_too_few, round_the_corner,
                      from_the_first],
 }
