@@ -114,7 +114,7 @@ def one_notebook(path):
     return Notebook
 
 
-SLOW = '01_tiny_models', # no lesson: how the models in the package were made
+SLOW = '01_tiny_models', '02_gallery' # no lessons: how the models in the package were made, everybody's runs on a page
 for notebook in NOTEBOOKS:
     tests = one_notebook(notebook)
     globals()[f'Test_{notebook.stem}'] = pytest.mark.slow(tests) if notebook.stem in SLOW else tests
