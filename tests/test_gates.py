@@ -229,8 +229,8 @@ def test_the_lesson_on_training_is_no_listing():
 def test_the_package_is_small():
     """Lines of code: what lessons 00 to 07 lead through, and everything."""
     count = {p.stem: code_lines(p.read_text(encoding='utf-8')) for p in MODULES}
-    assert sum(count[stem] for stem in READ) <= 900, count
-    assert sum(count.values()) <= 1700, count
+    assert sum(count[stem] for stem in READ) <= 912, count # 900, and the check of missing weights
+    assert sum(count.values()) <= 1720, count
 
 
 @modules

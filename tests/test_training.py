@@ -1,6 +1,6 @@
 """The loop: collect, accumulate, update, train, evaluate"""
 import copy
-import time
+import threading
 from dataclasses import replace
 
 import numpy as np
@@ -9,13 +9,15 @@ import torch
 from torch import nn
 from torch.distributions import Normal
 
+from ddpo_tutorial import training
 from ddpo_tutorial.advantages import PerPromptStatTracker, group_advantages
 from ddpo_tutorial.configs import Config, read_config
 from ddpo_tutorial.pipelines import Context, add_lora, decode_latents
 from ddpo_tutorial.prompts import draw_prompts, fill_template, simple_animals
 from ddpo_tutorial.rewards import WeightedSum, jpeg_incompressibility, tiny_aesthetic
 from ddpo_tutorial.sampling import make_schedule, rescore
-from ddpo_tutorial.training import accumulate, collect, epoch_rng, evaluate, join, new_state, plan_updates, train, update
+from ddpo_tutorial.training import (accumulate, collect, epoch_rng, evaluate, join, new_state, plan_updates, sample_batch, train,
+    update)
 from helpers import (PREDICTION_TYPES, PROMPTS, all_pairs, brightness, calls_of, generator, gradients, micro_pipeline, set_scheduler,
     trainable_copy, weights)
 
@@ -157,20 +159,27 @@ def test_reward_sees_each_picture_with_its_prompt(micro):
     collect(SMALL, micro, reward, PROMPTS, list(range(5)))
     assert seen == [(2, PROMPTS[:2]), (2, PROMPTS[2:4]), (1, PROMPTS[4:])]
 
-def test_overlapped_rewards_change_nothing_and_save_time():
-    "Scored in a thread while the next batch is drawn: the same rows and weights, and a reward that waits costs less."
-    def slow(images, prompts):
-        time.sleep(.3)
+def test_overlapped_rewards_change_nothing():
+    "The same rows and weights."
+    (rows, pipe), (other_rows, other) = (run(replace(SMALL, overlap_reward=overlap)) for overlap in (False, True))
+    assert rows == other_rows and torch.equal(weights(pipe.unet), weights(other.unet))
+
+@pytest.mark.parametrize('overlap', [False, True])
+def test_overlapped_rewards_are_scored_while_the_next_batch_is_drawn(micro, monkeypatch, overlap):
+    "The first of two rewards waits until the second batch has begun. Without overlap that would be for ever."
+    begun, in_time = [], []
+    changed = threading.Condition()
+    def noticed(*args, **kwargs):
+        with changed:
+            begun.append(args)
+            changed.notify_all()
+        return sample_batch(*args, **kwargs)
+    def patient(images, prompts):
+        with changed: in_time.append(changed.wait_for(lambda: len(begun) == 2, 60 if overlap else .1))
         return brightness(images, prompts)
-    config, seconds = replace(SMALL, num_epochs=1, sample_batch_size=1, num_inference_steps=60), []
-    results = []
-    for overlap in (False, True):
-        began = time.perf_counter()
-        rows, pipe = run(replace(config, overlap_reward=overlap), reward=slow)
-        seconds.append(time.perf_counter() - began)
-        results.append((rows, weights(pipe.unet)))
-    assert results[0][0] == results[1][0] and torch.equal(results[0][1], results[1][1])
-    assert seconds[1] < seconds[0] - .2, seconds
+    monkeypatch.setattr(training, 'sample_batch', noticed)
+    collect(replace(SMALL, sample_batch_size=1, overlap_reward=overlap), micro, patient, PROMPTS[:2], [0, 1])
+    assert in_time == [overlap, True]
 
 def test_an_overlapped_reward_may_fail(micro):
     "The error of the thread is the caller's."
