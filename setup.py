@@ -1,4 +1,5 @@
 """Everything is read from settings.ini; setuptools needs only this file to build the package."""
+
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -24,8 +25,14 @@ setup(
     python_requires='>=' + cfg['min_python'],
     install_requires=cfg['requirements'].split(),
     extras_require={'dev': cfg['dev_requirements'].split()},
-    entry_points={'console_scripts': cfg['console_scripts'].split(), 'nbdev': [f'{cfg["lib_name"]}={cfg["lib_name"]}._modidx:d']},
+    entry_points={
+        'console_scripts': cfg['console_scripts'].split(),
+        'nbdev': [f'{cfg["lib_name"]}={cfg["lib_name"]}._modidx:d'],
+    },
     zip_safe=False,
-    classifiers=['Programming Language :: Python :: 3', 'Intended Audience :: Education',
-                 'Topic :: Scientific/Engineering :: Artificial Intelligence'],
+    classifiers=[
+        'Programming Language :: Python :: 3',
+        'Intended Audience :: Education',
+        'Topic :: Scientific/Engineering :: Artificial Intelligence',
+    ],
 )

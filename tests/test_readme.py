@@ -1,4 +1,8 @@
-"""README.md's commands and code are what they say: parsed from the file, and run."""
+"""README.md's commands and code are what they say: parsed from the file, and run.
+
+Run: python -m pytest tests/test_readme.py -n 0
+"""
+
 import re
 import shlex
 from dataclasses import fields
@@ -6,31 +10,52 @@ from pathlib import Path
 
 import pytest
 
-from ddpo_tutorial.configs import Config, read_command, shipped_configs, write_config
+from ddpo_tutorial.command import read_command
+from ddpo_tutorial.configs import Config, shipped_configs, write_config
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / 'README.md').read_text(encoding='utf-8')
 BLOCKS = re.findall(r'```(\w+)\n(.*?)```', README, re.S)
 LINES = [line for kind, text in BLOCKS if kind == 'bash' for line in text.splitlines()]
 COMMANDS = [line for line in LINES if line.strip() and not line.startswith('#')]
-RUNS = [shlex.split(command.split('ddpo_train', 1)[1]) for command in COMMANDS if 'bin/ddpo_train' in command]
+RUNS = [
+    shlex.split(command.split('ddpo_train', 1)[1])
+    for command in COMMANDS
+    if 'bin/ddpo_train' in command
+]
 
 
 def test_first_command_sets_up_and_runs_the_main_job():
-    assert COMMANDS[0] == 'python3 -m venv .venv && .venv/bin/pip install -q . && .venv/bin/ddpo_train'
+    assert (
+        COMMANDS[0] == 'python3 -m venv .venv && .venv/bin/pip install -q . && .venv/bin/ddpo_train'
+    )
 
 
 def test_one_command_sets_up_and_runs_the_tests():
     """.ci/run takes this line from here."""
-    tests = [c for c in COMMANDS if 'pytest' in c]
-    assert tests == ["python3 -m venv .venv && .venv/bin/pip install -q -e '.[dev]' && .venv/bin/python -m pytest"]
+    steps = [
+        'python3 -m venv .venv',
+        ".venv/bin/pip install -q -e '.[dev]'",
+        '.venv/bin/python -m pytest',
+    ]
+    assert [c for c in COMMANDS if 'pytest' in c] == [' && '.join(steps)]
 
 
 def test_every_option_in_the_text_exists():
     """In backticks between the words, where no command is read."""
-    known = {f.name for f in fields(Config)} | {'config', 'resume', 'export', 'dry_run', 'debug', 'help'}
+    known = {f.name for f in fields(Config)} | {
+        'config',
+        'resume',
+        'export',
+        'dry_run',
+        'debug',
+        'help',
+    }
     text = re.sub(r'```.*?```', '', README, flags=re.S)
-    used = re.findall(r'--([\w-]+)', ' '.join(code for code in re.findall(r'`([^`]+)`', text) if 'pytest' not in code))
+    used = re.findall(
+        r'--([\w-]+)',
+        ' '.join(code for code in re.findall(r'`([^`]+)`', text) if 'pytest' not in code),
+    )
     assert {name.replace('-', '_') for name in used} - {'slow'} <= known
 
 
@@ -39,18 +64,22 @@ def test_every_command_is_understood(args, tmp_path, monkeypatch):
     """Its options exist and its values are valid. The files it names are made first."""
     monkeypatch.chdir(tmp_path)
     for option, value in zip(args, args[1:]):
-        if option == '--config' and value not in shipped_configs(): write_config(Config(), tmp_path / value)
+        if option == '--config' and value not in shipped_configs():
+            write_config(Config(), tmp_path / value)
         if option == '--resume':
             (tmp_path / value).mkdir(parents=True)
             write_config(Config(), tmp_path / value / 'config.yaml')
     if '--help' in args:
-        with pytest.raises(SystemExit) as stop: read_command(args)
+        with pytest.raises(SystemExit) as stop:
+            read_command(args)
         assert stop.value.code == 0
-    else: read_command(args)
+    else:
+        read_command(args)
 
 
 def test_configurations_are_all_listed():
-    for name in shipped_configs(): assert f'`{name}`' in README
+    for name in shipped_configs():
+        assert f'`{name}`' in README
 
 
 def test_python_block_runs(tmp_path, monkeypatch):
@@ -70,5 +99,6 @@ def test_links_lead_somewhere(link):
 
 
 def test_lessons_are_all_listed():
-    for path in sorted((ROOT / 'nbs').glob('[0-9]*.ipynb')):
-        assert f'nbs/{path.name}' in README
+    for folder in ('', 'more/', 'engine/'):
+        for path in (ROOT / 'nbs' / folder).glob('*.ipynb'):
+            assert f'nbs/{folder}{path.name}' in README

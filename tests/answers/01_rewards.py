@@ -1,37 +1,48 @@
 """Lesson 01: answers that its checkers must refuse, and right ones in another form."""
 
+import numpy as np
+
 
 # ---- symmetry
-def up_and_down(images, prompts): return -(images - images.flip(-2)).abs().mean((1, 2, 3))
+def up_and_down(images, prompts):
+    return -(images - images.flip(-2)).abs().mean((1, 2, 3))
 
 
-def eight_columns(images, prompts): return -(images[..., :8] - images[..., 8:16].flip(-1)).abs().mean((1, 2, 3))
+def eight_columns(images, prompts):
+    return -(images[..., :8] - images[..., 8:16].flip(-1)).abs().mean((1, 2, 3))
 
 
 def halves_of_odd_widths(images, prompts):
     half = images.shape[-1] // 2
-    return -(images[..., :half] - images[..., half:2 * half].flip(-1)).abs().mean((1, 2, 3))
+    return -(images[..., :half] - images[..., half : 2 * half].flip(-1)).abs().mean((1, 2, 3))
 
 
-def minus_forgotten(images, prompts): return (images - images.flip(-1)).abs().mean((1, 2, 3))
+def minus_forgotten(images, prompts):
+    return (images - images.flip(-1)).abs().mean((1, 2, 3))
 
 
-def squares(images, prompts): return -(images - images.flip(-1)).pow(2).mean((1, 2, 3))
+def squares(images, prompts):
+    return -(images - images.flip(-1)).pow(2).mean((1, 2, 3))
 
 
-def no_absolute_value(images, prompts): return -(images - images.flip(-1)).mean((1, 2, 3))
+def no_absolute_value(images, prompts):
+    return -(images - images.flip(-1)).mean((1, 2, 3))
 
 
-def summed(images, prompts): return -(images - images.flip(-1)).abs().sum((1, 2, 3))
+def summed(images, prompts):
+    return -(images - images.flip(-1)).abs().sum((1, 2, 3))
 
 
-def one_for_the_batch(images, prompts): return -(images - images.flip(-1)).abs().mean().expand(len(prompts))
+def one_for_the_batch(images, prompts):
+    return -(images - images.flip(-1)).abs().mean().expand(len(prompts))
 
 
-def all_axes_flipped(images, prompts): return -(images - images.flip(-1, -2)).abs().mean((1, 2, 3))
+def all_axes_flipped(images, prompts):
+    return -(images - images.flip(-1, -2)).abs().mean((1, 2, 3))
 
 
-def channels_kept(images, prompts): return -(images - images.flip(-1)).abs().mean((2, 3))
+def channels_kept(images, prompts):
+    return -(images - images.flip(-1)).abs().mean((2, 3))
 
 
 def as_numpy(images, prompts):
@@ -49,7 +60,8 @@ def column_by_column(images, prompts):
 COLOURS = ('red', 'green', 'blue')
 
 
-def named(prompts): return [[word in p.split() for word in COLOURS] for p in prompts]
+def named(prompts):
+    return [[word in p.split() for word in COLOURS] for p in prompts]
 
 
 def excess(images):
@@ -57,17 +69,20 @@ def excess(images):
     return (3 * means - means.sum(1, keepdim=True)) / 2
 
 
-def pick(values, chosen): return (values * torch.tensor(chosen, dtype=torch.float32)).sum(1)
+def pick(values, chosen):
+    return (values * torch.tensor(chosen, dtype=torch.float32)).sum(1)
 
 
-def by_letters(images, prompts): return pick(excess(images), [[word in p for word in COLOURS] for p in prompts])
+def by_letters(images, prompts):
+    return pick(excess(images), [[word in p for word in COLOURS] for p in prompts])
 
 
 def between_spaces(images, prompts):
     return pick(excess(images), [[f' {word} ' in p for word in COLOURS] for p in prompts])
 
 
-def blue_always(images, prompts): return excess(images)[:, 2]
+def blue_always(images, prompts):
+    return excess(images)[:, 2]
 
 
 def over_all_three(images, prompts):
@@ -84,7 +99,8 @@ def the_channel_alone(images, prompts):
     return pick(images.mean((2, 3)), named(prompts))
 
 
-def blue_first(images, prompts): return pick(excess(images).flip(1), named(prompts))
+def blue_first(images, prompts):
+    return pick(excess(images).flip(1), named(prompts))
 
 
 def first_prompt_for_all(images, prompts):
@@ -101,12 +117,14 @@ def one_by_one(images, prompts):
     for image, prompt in zip(images, prompts):
         r, g, b = image.mean((1, 2)).tolist()
         of = {'red': r - (g + b) / 2, 'green': g - (r + b) / 2, 'blue': b - (r + g) / 2}
-        rewards.append(sum(of.get(word, 0.) for word in prompt.split()))
+        rewards.append(sum(of.get(word, 0.0) for word in prompt.split()))
     return rewards
 
 
 def in_float64(images, prompts):
-    chosen = np.array([[f' {word} ' in f' {p} ' for word in COLOURS] for p in prompts], dtype=np.float64)
+    chosen = np.array(
+        [[f' {word} ' in f' {p} ' for word in COLOURS] for p in prompts], dtype=np.float64
+    )
     return (excess(images).double().numpy() * chosen).sum(1)
 
 
@@ -140,6 +158,7 @@ def reference_again_each_time(reward, images, prompts):
     def new(i, p):
         first = reward(images, prompts)
         return (reward(i, p) - first.mean()) / first.std()
+
     return new
 
 
@@ -169,16 +188,45 @@ class AsClass:
         self.reward, first = reward, score(reward, images, prompts).double()
         self.mean, self.std = first.mean(), first.std()
 
-    def __call__(self, images, prompts): return (self.reward(images, prompts) - self.mean) / self.std
+    def __call__(self, images, prompts):
+        return (self.reward(images, prompts) - self.mean) / self.std
 
 
 WRONG = {
-    check_symmetry: [up_and_down, eight_columns, halves_of_odd_widths, minus_forgotten, squares, no_absolute_value,
-                     summed, one_for_the_batch, all_axes_flipped, channels_kept],
-    check_named_colour: [by_letters, between_spaces, blue_always, over_all_three, over_the_sum, the_channel_alone,
-                         blue_first, first_prompt_for_all, colour_of_the_batch],
-    check_standardised: [by_batch, mean_only, variance_in_place_of_sd, sd_only, first_prompts_for_ever,
-                         reference_again_each_time, two_first_calls, the_rewards_themselves, divided_first],
+    check_symmetry: [
+        up_and_down,
+        eight_columns,
+        halves_of_odd_widths,
+        minus_forgotten,
+        squares,
+        no_absolute_value,
+        summed,
+        one_for_the_batch,
+        all_axes_flipped,
+        channels_kept,
+    ],
+    check_named_colour: [
+        by_letters,
+        between_spaces,
+        blue_always,
+        over_all_three,
+        over_the_sum,
+        the_channel_alone,
+        blue_first,
+        first_prompt_for_all,
+        colour_of_the_batch,
+    ],
+    check_standardised: [
+        by_batch,
+        mean_only,
+        variance_in_place_of_sd,
+        sd_only,
+        first_prompts_for_ever,
+        reference_again_each_time,
+        two_first_calls,
+        the_rewards_themselves,
+        divided_first,
+    ],
 }
 RIGHT = {
     check_symmetry: [as_numpy, column_by_column],
