@@ -79,7 +79,7 @@ def check_rewards(
             f'({count},), one number an image. Average over pixels, not over the batch; '
             'squeeze (B, 1).'
         )
-    finite = values.isfinite().tolist()
+    finite = values.float().isfinite().tolist()
     if not all(finite):
         first = finite.index(False)
         raise ValueError(

@@ -139,11 +139,10 @@ class Config:
     def sizes(self) -> dict:  # name -> number
         "What the settings come to."
         samples = self.samples_per_epoch
-        updates = self.num_inner_epochs * self.updates_per_epoch
         pairs = samples * len(self.random_steps)
         return dict(
             images=self.num_epochs * samples,
-            updates=self.num_epochs * updates,
+            updates=self.num_epochs * self.num_inner_epochs * self.updates_per_epoch,
             pairs_per_epoch=pairs,
             samples_per_update=samples / self.updates_per_epoch,
             pairs_per_update=pairs / self.updates_per_epoch,

@@ -32,6 +32,7 @@ from .configs import Config, describe, write_config
 from .pipelines import find_model, has_lora, load_model, save_trained
 from .predictors import find_reward, own_reward
 from .prompts import find_prompts
+from .schedules import get_timesteps
 from .training import Batch, Epoch, State, evaluate, new_state, train_epochs
 
 # %% ../nbs/engine/runs.ipynb #dc76866b
@@ -58,6 +59,7 @@ def make_folder(config: Config) -> Path:  # new and empty
 def load_all(config: Config, device=None):  # StableDiffusionPipeline, reward, State
     "Load the model, the reward function that fits its pictures, and the state before training."
     pipe = load_model(config, device)
+    get_timesteps(pipe.scheduler, config.num_inference_steps)  # refused before there is a run
     latent_size = np.max(pipe.unet.config.sample_size).item()  # the config holds one number or two
     reward = find_reward(config, latent_size * pipe.vae_scale_factor, pipe.device)
     return pipe, reward, new_state(config, pipe)

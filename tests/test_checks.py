@@ -192,3 +192,9 @@ def test_pairs_that_would_broadcast(shapes):
 
 def test_pairs_that_fit():
     check_pairs(a=torch.zeros(4), b=torch.zeros(4), c=torch.zeros(4))
+
+
+def test_rewards_beyond_float32_are_refused():
+    "They would be infinite as scores."
+    with pytest.raises(ValueError, match='1e.39'):
+        check_rewards([1e39, 1.0], PAIR)

@@ -41,7 +41,7 @@ from ddpo_tutorial.reports import (
     write_rows,
 )
 from ddpo_tutorial.rewards import WeightedSum
-from ddpo_tutorial.runs import FILES, Stop, make_folder
+from ddpo_tutorial.runs import FILES, Stop, make_folder, train_run
 from ddpo_tutorial.sampling import rescore
 from ddpo_tutorial.training import Batch, train, train_epochs
 
@@ -628,3 +628,11 @@ def test_killed_at_twenty_random_moments(tmp_path, capsys):
         print(f'\nkilled {len(moments)} times, {sum(writing)} of them in a write')
     assert set(codes) == {-9} and names[-1] < 'epoch-00100.pt'
     is_the_same_run(tmp_path / 'run', tmp_path / 'alone')
+
+
+def test_a_chain_that_cannot_be_made_leaves_no_run(tmp_path, monkeypatch):
+    "The scheduler is asked when the model is loaded, and before anything is sampled."
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match='starts at timestep 1000'):
+        train_run(load_config('tiny', num_inference_steps=1000))
+    assert not list(tmp_path.iterdir())
