@@ -43,6 +43,7 @@ def write_rows(path: str | Path, rows: list[dict]) -> None:
     names = list(dict.fromkeys(name for row in rows for name in row))
 
     def write(aside):
+        "The table as a file."
         with aside.open('w', newline='', encoding='utf-8') as file:
             writer = csv.DictWriter(file, names, lineterminator='\n')
             writer.writeheader()
@@ -55,6 +56,7 @@ def read_rows(path: str | Path) -> list[dict]:  # column -> number, or text wher
     "The inverse of `write_rows`."
 
     def number(text):
+        "A number where the text is one."
         try:
             return int(text) if text.isdigit() else float(text)
         except ValueError:
