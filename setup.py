@@ -24,7 +24,10 @@ setup(
     include_package_data=False,
     python_requires='>=' + cfg['min_python'],
     install_requires=cfg['requirements'].split(),
-    extras_require={'dev': cfg['dev_requirements'].split()},
+    extras_require={
+        'dev': cfg['dev_requirements'].split(),
+        'site': cfg['site_requirements'].split(),
+    },
     entry_points={
         'console_scripts': cfg['console_scripts'].split(),
         'nbdev': [f'{cfg["lib_name"]}={cfg["lib_name"]}._modidx:d'],

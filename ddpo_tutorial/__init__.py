@@ -1,6 +1,6 @@
 "Reinforcement learning for diffusion models, from scratch: DDPO as notebooks and a small module"
 
-__version__ = "0.3.0"
+__version__ = "0.4.0"
 
 from importlib import import_module
 

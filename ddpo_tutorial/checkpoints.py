@@ -4,13 +4,15 @@
 
 # %% auto #0
 __all__ = ['named_weights', 'trained_weights', 'set_weights', 'pack', 'unpack', 'write_aside', 'checkpoints', 'save_checkpoint',
-           'is_whole', 'newest_checkpoint', 'load_checkpoint']
+           'open_checkpoint', 'is_whole', 'newest_checkpoint', 'epochs_done', 'load_checkpoint']
 
 # %% ../nbs/engine/checkpoints.ipynb #e6ff928f
+import copy
 import os
 import re
 import zipfile
 from collections import deque
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -72,8 +74,9 @@ def unpack(packed: dict, state: State) -> None:
 # %% ../nbs/engine/checkpoints.ipynb #53150c24
 def write_aside(path: Path, write) -> None:
     "Write a file under another name, wait until the disk has it, then rename: never half a file."
-    aside = path.with_suffix('.part')
+    aside = path.with_suffix(f'.part{os.urandom(4).hex()}')
     try:
+        aside.touch(exist_ok=False)  # through a link that somebody has put there nothing is written
         write(aside)
         with aside.open('rb+') as file:
             os.fsync(file.fileno())
@@ -86,7 +89,8 @@ def write_aside(path: Path, write) -> None:
 def checkpoints(folder: Path) -> list[Path]:  # oldest first
     "The checkpoints of a run."
     found = Path(folder).glob('epoch-*.pt')
-    return sorted(path for path in found if re.fullmatch(r'epoch-\d{5}', path.stem))
+    named = [path for path in found if re.fullmatch(r'epoch-\d{5,}', path.stem)]
+    return sorted(named, key=lambda path: int(path.stem.removeprefix('epoch-')))
 
 
 def save_checkpoint(
@@ -94,11 +98,12 @@ def save_checkpoint(
     pipe,  # StableDiffusionPipeline
     state: State,  # between two epochs
     keep: int = 2,  # so many stay
+    owner: dict | None = None,  # what makes the run this one, name -> value
 ) -> Path:  # the new checkpoint
     """Write weights and state. Raises OSError with the cause when that fails; older checkpoints
     are then still there."""
     path = folder / f'epoch-{len(state.rows):05d}.pt'
-    content = dict(weights=trained_weights(pipe), state=pack(state))
+    content = dict(weights=trained_weights(pipe), state=pack(state), owner=owner or {})
     try:
         write_aside(path, lambda aside: torch.save(content, aside))
     except (OSError, RuntimeError) as error:  # torch's own error for a full disk is a RuntimeError
@@ -108,32 +113,55 @@ def save_checkpoint(
         ) from error
     found = checkpoints(folder)
     newest = found.index(path) + 1
-    for old in found[: max(0, newest - keep)] + found[newest:]:
-        old.unlink()
+    parts = folder.glob('epoch-*.part*')  # of a process that was killed while it wrote
+    for old in [*found[: max(0, newest - keep)], *found[newest:], *parts]:
+        with suppress(OSError):  # on Windows, while somebody reads it
+            old.unlink()
     return path
 
 # %% ../nbs/engine/checkpoints.ipynb #c47ae260
+def open_checkpoint(path: Path) -> dict:  # weights, state, owner
+    "What is in the file, in its place on the disk. No code from the file is run."
+    return torch.load(path, map_location='cpu', weights_only=True, mmap=True)
+
+
 def is_whole(path: Path) -> bool:  # does it hold what was written?
-    "Compare the checksums that are in the file."
+    "Compare the checksums that are in the file, and look whether it loads and has every part."
+    parts = State.__dataclass_fields__.keys()
     try:
         with zipfile.ZipFile(path) as archive:
-            return archive.testzip() is None
-    except (OSError, zipfile.BadZipFile):
+            intact = archive.testzip() is None
+        content = open_checkpoint(path)
+        return intact and parts <= content['state'].keys() and 'weights' in content
+    except Exception:  # there is hardly an error that one flipped bit cannot raise
         return False
 
 
 def newest_checkpoint(folder: Path) -> Path | None:  # the newest that is whole
-    "Look from the newest back; a damaged one is named and passed over."
+    "Look from the newest back; what does not load is named and passed over."
     for path in reversed(checkpoints(folder)):
         if is_whole(path):
             return path
-        print(f'{path} is damaged: it is not what was written. Looking for an older one.')
+        print(f'{path} is damaged, or no checkpoint of this version. Looking for an older one.')
     return None
 
 
+def epochs_done(path: Path, owner: dict) -> int:
+    "Look into a whole checkpoint. Raises ValueError when it belongs to another run."
+    content = open_checkpoint(path)
+    theirs = content.get('owner', {})  # version 0.3 did not write whose it is
+    for name, mine in owner.items():
+        if theirs.get(name, mine) != mine:
+            raise ValueError(
+                f'{path} belongs to another run: its {name} is {theirs[name]!r:.60}, here it is '
+                f'{mine!r:.60}. Put one of this run there, or begin a new run.'
+            )
+    return len(content['state']['rows'])
+
+
 def load_checkpoint(path: Path, pipe, state: State) -> None:
-    """Put weights and state back. No code from the file is run.
+    """Put the weights and state of a whole checkpoint back. No code from the file is run.
     Raises ValueError when they belong to another model."""
-    content = torch.load(path, map_location='cpu', weights_only=True)
+    content = open_checkpoint(path)
     set_weights(pipe, content['weights'])
-    unpack(content['state'], state)
+    unpack(copy.deepcopy(content['state']), state)  # the file may be removed

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['collapse', 'explain_failure', 'laion_head', 'load_open_clip', 'laion_aesthetic', 'clip_similarity', 'PickScore',
-           'pick_score', 'Offloaded', 'place_reward', 'own_reward', 'find_reward']
+           'pick_score', 'Offloaded', 'place_reward', 'show_code', 'own_reward', 'find_reward']
 
 # %% ../nbs/engine/predictors.ipynb #a3c00002
 import sys
 from contextlib import contextmanager
-from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from pkgutil import resolve_name
 
@@ -31,7 +31,7 @@ from ddpo_tutorial.rewards import (
     clip_pixels,
     jpeg_compressibility,
     jpeg_incompressibility,
-    score,
+    score_terms,
     tiny_aesthetic,
     tiny_similarity,
 )
@@ -169,34 +169,48 @@ class Offloaded:
 def place_reward(reward, device: str | torch.device, offload: bool):
     "The reward with its weights where they should be; a sum term by term."
     if isinstance(reward, WeightedSum):
-        terms = reward.terms.items()
-        return WeightedSum(
-            **{
-                name: (weight, place_reward(term, device, offload))
-                for name, (weight, term) in terms
-            }
-        )
+        placed = {
+            name: (weight, place_reward(term, device, offload))
+            for name, (weight, term) in reward.terms.items()
+        }
+        return WeightedSum(**placed)
     if not isinstance(reward, nn.Module):
         return reward
     return Offloaded(reward) if offload else reward.to(device)
 
 # %% ../nbs/engine/predictors.ipynb #b1d5af26
-@cache
-def own_reward(
+def show_code(
     name: str,  # 'module:name', a module that Python finds, also in the current folder
-):  # reward(images, prompts) -> (B,)
-    """A reward function of the user's, tried on two random pictures.
-    Raises ValueError when it cannot be used."""
+) -> None:
+    """Print where a reward function of the user's lies, unless it is imported already: its file, or
+    the package's. Runs nothing. Raises ModuleNotFoundError."""
     if '' not in sys.path:
         sys.path.insert(0, '')  # a command's path does not hold the current folder
+    module = name.partition(':')[0]
+    if module in sys.modules:
+        return
+    spec = find_spec(module.partition('.')[0])
+    if not spec:
+        raise ModuleNotFoundError(f'No module named {module!r}')
+    place = spec.origin or next(iter(spec.submodule_search_locations))
+    print(f'The reward {name} is code of {place}', flush=True)
+
+
+def own_reward(
+    name: str,  # 'module:name'
+):  # reward(images, prompts) -> (B,)
+    """A reward function of the user's, tried on two random pictures. Its place is printed first.
+    Raises ValueError when it cannot be used."""
+    hint = 'Expected module:name, with module.py in this folder.'
     try:
+        show_code(name)
         found = resolve_name(name)
-        score(found, torch.rand(2, 3, 64, 64), ['a cat', 'a dog'])
-    except Exception as error:
+        hint = 'Tried on two random pictures; expected name(images, prompts) -> (B,) numbers.'
+        score_terms(found, torch.rand(2, 3, 64, 64), ['a cat', 'a dog'])
+    except (Exception, SystemExit) as error:
+        reason = f'{type(error).__name__}: {error}'.rstrip('.')
         raise ValueError(
-            f'The reward function {name!r} cannot be used: {type(error).__name__}: {error} '
-            'Expected module:name, with module.py in this folder, and name(images, prompts) -> '
-            '(B,) numbers.'
+            f'The reward function {name!r} cannot be used: {reason}. {hint}'
         ) from error
     return found
 
@@ -218,5 +232,6 @@ def find_reward(config: Config, image_size: int, device: str | torch.device):
         incompressibility=lambda device: jpeg_incompressibility,
     )
     own = ':' in config.reward
-    reward = own_reward(config.reward) if own else makers[config.reward](device)
+    # an own one has been tried when the run began
+    reward = resolve_name(config.reward) if own else makers[config.reward](device)
     return place_reward(reward, device, config.reward_on_cpu)

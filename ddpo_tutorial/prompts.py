@@ -72,7 +72,8 @@ def read_prompts(
             'expected a text file with one prompt a line.'
         )
     try:
-        lines = path.read_text(encoding='utf-8-sig').splitlines()
+        # splitlines would end a line at other characters too, such as U+2028
+        lines = path.read_text(encoding='utf-8-sig').split('\n')
     except UnicodeDecodeError as error:
         raise ValueError(
             f'The prompt file {str(path)!r} is not UTF-8 text ({error}); save it as UTF-8.'

@@ -99,6 +99,15 @@ def trainable_copy(pipe):
     return StableDiffusionPipeline(**parts, requires_safety_checker=False)
 
 
+def picture(pipe):
+    """A plain call of the pipeline: (1, 3, H, W). Its noise is drawn in 32 bits, because in 16
+    some versions of PyTorch draw other numbers from the same seed."""
+    pipe.set_progress_bar_config(disable=True)
+    shape = 1, pipe.unet.config.in_channels, *[pipe.unet.config.sample_size] * 2
+    noise = torch.randn(shape, generator=generator()).to(pipe.text_encoder.dtype)
+    return pipe('a cat', num_inference_steps=5, latents=noise, output_type='pt').images.float()
+
+
 def set_scheduler(pipe, **changes):
     "Give a pipeline a copy of its scheduler with some settings changed."
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, **changes)

@@ -142,7 +142,7 @@ def test_no_spread_gives_zero(tracker, rewards):
     [
         (ValueError, torch.zeros(2, 1), r'\(2, 1\) for 2 prompts; expected \(2,\)'),
         (ValueError, [1.0], r'\(1,\) for 2 prompts; expected \(2,\)'),
-        (ValueError, np.array(1.0), r'\(\) for 2 prompts'),
+        (TypeError, np.array(1.0), r'are a ndarray; expected.*2 numbers'),
         (TypeError, 1.0, r'are a float; expected.*2 numbers'),
         (ValueError, [1.0, float('nan')], "is nan for 'an owl'.*1 of 2.*expected finite"),
         (ValueError, np.array([np.inf, np.inf]), "is inf for 'a cat'.*2 of 2"),
@@ -169,6 +169,37 @@ def test_rewards_are_remembered_first():
         [halves.update(prompts[:4], rewards[:4]), halves.update(prompts[4:], rewards[4:])]
     )
     assert whole.stats() == halves.stats() and not np.allclose(in_parts, standardise(rewards))
+
+
+WAYS = {
+    'batch': lambda rewards: PerPromptStatTracker(8, 8).update(list('aabbcc'), rewards),
+    'buffer': lambda rewards: PerPromptStatTracker(8, 2).update(list('aabbcc'), rewards),
+    'groups': lambda rewards: group_advantages(list('aabbcc'), rewards, 2),
+}
+
+
+@pytest.mark.parametrize('way', WAYS.values(), ids=WAYS)
+@pytest.mark.parametrize('unit', [1e-9, 1e-30, 1e-3, 1e9])
+def test_units_drop_out(way, unit):
+    "An eps of one size for all would leave advantages of 0 to rewards that are as small."
+    rewards = numbers(6)
+    np.testing.assert_allclose(way(rewards * unit), way(rewards), rtol=1e-4)
+
+
+@pytest.mark.parametrize('way', WAYS.values(), ids=WAYS)
+@pytest.mark.parametrize('value', [0.0, 1e-9, 0.1, 5.3, -1e-38, 1e9])
+def test_equal_rewards_of_any_size_give_nothing(way, value):
+    assert abs(way([value] * 6)).max() < 1e-8
+
+
+@pytest.mark.parametrize('largest', [1.0, -1.0, 5.0, -3e5])
+def test_eps_is_what_it_says_from_a_size_of_1_on(largest):
+    "To the bit: 1e-6 beside the standard deviation."
+    rewards = np.array([0.3, largest, 0.9])
+    assert (standardise(rewards) == (rewards - rewards.mean()) / (rewards.std() + 1e-6)).all()
+    differences = rewards[[0, 1]] - rewards[:2].mean()
+    grouped = group_advantages(['a'] * 2, rewards[:2], 2)
+    assert (grouped == differences / (differences.std() + 1e-6)).all()
 
 
 @pytest.mark.parametrize('buffer_size, min_count', [(0, 1), (4, 0), (4, 5)])

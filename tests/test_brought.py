@@ -31,12 +31,14 @@ from helpers import (
     generator,
     micro_pipeline,
     moved,
+    picture,
     set_scheduler,
     weights,
 )
-from peft import LoraConfig, inject_adapter_in_model
+from peft import LoHaConfig, LoKrConfig, LoraConfig, OFTConfig, inject_adapter_in_model
 from safetensors.torch import load_file, save_file
 
+from ddpo_tutorial import pipelines
 from ddpo_tutorial.advantages import PerPromptStatTracker
 from ddpo_tutorial.command import export_checkpoint, main, read_command
 from ddpo_tutorial.configs import Config
@@ -46,9 +48,12 @@ from ddpo_tutorial.pipelines import (
     decode_latents,
     encode_prompts,
     find_model,
+    has_lora,
+    load_model,
     load_pipeline,
     save_trained,
     tiny_folder,
+    trained_parameters,
 )
 from ddpo_tutorial.predictors import own_reward
 from ddpo_tutorial.prompts import read_prompts
@@ -60,13 +65,6 @@ from ddpo_tutorial.training import train, train_epochs
 
 SMALL = dict(num_epochs=1, samples_per_epoch=4, updates_per_epoch=2, num_inference_steps=3)
 PAIR = ['a cat', 'a dog']
-
-
-def picture(pipe, prompt='a cat'):
-    "A plain call of the pipeline: (1, 3, H, W)."
-    pipe.set_progress_bar_config(disable=True)
-    options = dict(num_inference_steps=4, generator=generator(), output_type='pt')
-    return pipe(prompt, **options).images.float()
 
 
 def saved(folder, pipe=None, **options):
@@ -166,7 +164,7 @@ def test_several_loras_are_refused_before_training(active):
         pipe.load_lora_weights(lora, adapter_name=name)
     pipe.set_adapters(active)
     before = weights(pipe.unet)
-    with pytest.raises(ValueError, match='carries 2 LoRAs; expected one.*delete_adapters'):
+    with pytest.raises(ValueError, match=r"'two \(second LoRA\)'; expected none.*delete_adapters"):
         train(Config(**SMALL), pipe, brightness, PROMPTS)
     assert torch.equal(weights(pipe.unet), before)
 
@@ -203,6 +201,204 @@ def test_every_layer_that_can_be_adapted_reloads():
     same(picture(plain), picture(trained))
 
 
+def lora(**settings):
+    "Gives a UNet an adapter of diffusers' own making."
+    settings = dict(r=4, lora_alpha=4, target_modules=['to_q', 'to_v']) | settings
+    return lambda pipe: pipe.unet.requires_grad_(False).add_adapter(LoraConfig(**settings))
+
+
+def adapter(kind, **settings):
+    config = kind(target_modules=['to_q', 'to_v'], **settings)
+    return lambda pipe: pipe.unet.requires_grad_(False).add_adapter(config)
+
+
+def half_as_strong(pipe):
+    moved(add_lora(pipe)).set_adapters(['default'], [0.5])
+
+
+def strong_in_parts(pipe):
+    moved(add_lora(pipe)).set_adapters(['default'], [dict(unet=dict(down=0.3, mid=2.0, up=0.7))])
+
+
+def swapped(pipe):
+    "Another LoRA, with another alpha, in the place of the first."
+    for seed, alpha in enumerate((4, 9)):
+        other = micro_pipeline()
+        lora(lora_alpha=alpha)(other)
+        folder = save_trained(moved(other), f'lora{seed}')
+        pipe.load_lora_weights(folder, adapter_name='mine', hotswap=bool(seed))
+
+
+def partly_trained(pipe):
+    add_lora(pipe).unet.down_blocks.requires_grad_(False)
+
+
+RELOADED = {
+    'an alpha': lora(lora_alpha=9),
+    'an alpha for some': lora(alpha_pattern={'to_q': 8}),
+    'a rank for some': lora(rank_pattern={'to_q': 2}),
+    'stabilised rank': lora(use_rslora=True, lora_alpha=8),
+    'DoRA': lora(use_dora=True),
+    'a bias of its own': lora(lora_bias=True),
+    'dropout': lora(lora_dropout=0.5),
+    'a pattern of targets': lora(target_modules='.*to_q'),
+    'half as strong': half_as_strong,
+    'strong in parts': strong_in_parts,
+    'swapped': swapped,
+    'partly trained': partly_trained,
+    'compiled in place': lambda pipe: add_lora(pipe).unet.compile(backend='eager'),
+}
+
+
+@pytest.mark.parametrize('state', RELOADED.values(), ids=RELOADED)
+@torch.compiler.set_stance('force_eager')  # what is compiled is called as it is
+def test_a_lora_in_any_of_these_states_reloads(state):
+    "Trained through, so that it changes, and read by plain diffusers."
+    pipe = micro_pipeline()
+    state(pipe)
+    before = picture(pipe)
+    train(Config(**SMALL, learning_rate=1e-2), pipe, brightness, PROMPTS)
+    plain = micro_pipeline()
+    plain.load_lora_weights(save_trained(pipe, 'trained'))
+    assert (picture(pipe) - before).abs().max() > 1e-3
+    same(picture(plain), picture(pipe))
+
+
+def with_text_lora(pipe):
+    lora = LoraConfig(r=2, init_lora_weights=False, target_modules=['q_proj', 'v_proj'])
+    inject_adapter_in_model(lora, pipe.text_encoder)
+
+
+def with_text_lora_too(pipe):
+    with_text_lora(add_lora(pipe))
+
+
+def compiled(pipe):
+    pipe.unet = torch.compile(add_lora(pipe).unet, backend='eager')
+
+
+def with_ip_adapter(pipe):
+    "Image prompts: more weights beside each cross-attention, and one more input."
+    layers = [name for name in pipe.unet.attn_processors if 'attn2' in name]
+    width = pipe.unet.config.cross_attention_dim
+    sizes = [pipe.unet.get_submodule(name.rpartition('.')[0]).to_k.out_features for name in layers]
+    adapter = {
+        f'{2 * i + 1}.to_{kind}_ip.weight': torch.zeros(size, width)
+        for i, size in enumerate(sizes)
+        for kind in 'kv'
+    }
+    image = {
+        'proj.weight': torch.zeros(4 * width, 8),
+        'proj.bias': torch.zeros(4 * width),
+        'norm.weight': torch.ones(width),
+        'norm.bias': torch.zeros(width),
+    }
+    pipe.unet._load_ip_adapter_weights([dict(image_proj=image, ip_adapter=adapter)])
+
+
+REFUSED = {  # state: what is named, and what undoes it where that is a line
+    'LoKr': (adapter(LoKrConfig, r=4, alpha=4), 'lokr', None),
+    'LoHa': (adapter(LoHaConfig, r=4, alpha=4), 'hada', None),
+    'OFT': (adapter(OFTConfig, oft_block_size=4), 'oft', None),
+    'all biases': (lora(bias='all'), 'conv_in.bias', None),
+    'biases beside it': (lora(bias='lora_only', target_modules=['proj_in']), 'bias', None),
+    'a layer saved whole': (lora(modules_to_save=['conv_in']), 'conv_in', None),
+    'a layer trained too': (
+        lambda pipe: add_lora(pipe).unet.conv_in.requires_grad_(True),
+        'conv_in.weight',
+        'pipe.unet.conv_in.requires_grad_(False)',
+    ),
+    'PiSSA': (lora(init_lora_weights='pissa'), 'pissa', None),
+    'OLoRA': (lora(init_lora_weights='olora'), 'olora', None),
+    'merged': (
+        lambda pipe: moved(add_lora(pipe)).fuse_lora(),
+        r'default \(merged',
+        'pipe.unfuse_lora()',
+    ),
+    'switched off': (
+        lambda pipe: add_lora(pipe).disable_lora(),
+        r'default \(disabled',
+        'pipe.enable_lora()',
+    ),
+    'compiled': (compiled, '_orig_mod', 'pipe.unet = pipe.unet._orig_mod; pipe.unet.compile()'),
+    'half on the text encoder': (with_text_lora_too, 'self_attn.*base_layer', None),
+    'text encoder alone': (with_text_lora, 'self_attn.*base_layer', None),
+    'fused attention': (lambda pipe: pipe.fuse_qkv_projections(), 'to_qkv', None),
+    'IP-Adapter': (with_ip_adapter, 'ip', 'pipe.unload_ip_adapter()'),
+    'IP-Adapter under a LoRA': (lambda pipe: (with_ip_adapter(pipe), add_lora(pipe)), 'ip', None),
+    'offloaded': (
+        lambda pipe: pipe.enable_model_cpu_offload(device='cpu'),
+        'hook',
+        'pipe.remove_all_hooks()',
+    ),
+    'offloaded layer by layer': (
+        lambda pipe: pipe.enable_sequential_cpu_offload(device='cpu'),
+        'hook',
+        None,
+    ),
+    'offloaded in groups': (
+        lambda pipe: pipe.unet.enable_group_offload(
+            onload_device=torch.device('cpu'), offload_type='leaf_level'
+        ),
+        'hook',
+        None,
+    ),
+    'eight bits in storage': (lambda pipe: pipe.unet.enable_layerwise_casting(), 'hook', None),
+}
+
+
+@pytest.mark.parametrize('state, named, undo', REFUSED.values(), ids=REFUSED)
+@torch.compiler.set_stance('force_eager')
+def test_what_cannot_be_trained_and_saved_is_refused(state, named, undo):
+    "Before a picture is drawn; and what the sentence says to do is enough."
+    pipe = micro_pipeline()
+    state(pipe)
+    drawn = []
+    with pytest.raises(ValueError, match=f'first .*{named}.*; expected none') as caught:
+        train(Config(**SMALL), pipe, lambda images, prompts: drawn.append(images), PROMPTS)
+    assert not drawn and len(str(caught.value).splitlines()) == 1
+    if undo:
+        exec(undo, dict(pipe=pipe))
+        train(Config(**SMALL), pipe, brightness, PROMPTS)
+        plain = micro_pipeline()
+        if has_lora(pipe):
+            plain.load_lora_weights(save_trained(pipe, 'trained'))
+        else:
+            plain = StableDiffusionPipeline.from_pretrained(save_trained(pipe, 'trained'))
+        same(picture(plain), picture(pipe))
+
+
+def with_slices(pipe):
+    pipe.enable_attention_slicing()
+    pipe.vae.enable_tiling()
+
+
+HARMLESS = {
+    'attention in slices': with_slices,
+    'FreeU': lambda pipe: pipe.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4),
+    'checkpointing': lambda pipe: pipe.unet.enable_gradient_checkpointing(),
+    'channels last': lambda pipe: pipe.unet.to(memory_format=torch.channels_last),
+}
+
+
+@pytest.mark.parametrize('change', HARMLESS.values(), ids=HARMLESS)
+def test_what_is_harmless_is_left_on(change):
+    pipe = micro_pipeline()
+    change(pipe)
+    rows = train(Config(**SMALL | dict(updates_per_epoch=1)), pipe, brightness, PROMPTS)
+    assert abs(rows[0]['approx_kl']) < 1e-6  # the first ratio is 1
+
+
+@pytest.mark.parametrize('rank, asked', [(2, 4), (8, 4), (4, 1), (None, 4)])
+def test_a_lora_of_another_rank_is_refused(rank, asked):
+    "It would be trained under a configuration that says something else."
+    pipe = add_lora(micro_pipeline(), rank) if rank else micro_pipeline()
+    ranks = r'\[%s\]' % (rank or '')
+    with pytest.raises(ValueError, match=f'lora_rank={asked}, .*{ranks}; expected add_lora'):
+        trained_parameters(pipe, asked)
+    assert trained_parameters(pipe) and trained_parameters(pipe, rank or 0)
+
+
 VARIANTS = {
     'fp16': dict(variant='fp16'),
     'another name': dict(variant='ema'),
@@ -213,16 +409,156 @@ VARIANTS = {
 }
 
 
+@pytest.mark.filterwarnings('ignore:.*has pickled weights')
 @pytest.mark.parametrize('options', VARIANTS.values(), ids=VARIANTS)
 def test_a_folder_with_a_variant_only(options):
     pipe = load_pipeline(saved('folder', **options), 'cpu')
     same(picture(pipe), picture(micro_pipeline()))
 
 
+@pytest.mark.filterwarnings('ignore:.*has pickled weights')
+@pytest.mark.parametrize('options', VARIANTS.values(), ids=VARIANTS)
+def test_a_name_on_the_hub_with_a_variant_only(place, monkeypatch, options):
+    "The hub sends what is asked for: files without a variant, or those of the one that is named."
+    saved('hub', **options)
+
+    def download(source, revision=None, variant=None, **left_out):
+        for path in (place / 'hub').rglob('*.*'):
+            is_weight = path.suffix in ('.safetensors', '.bin')
+            if not is_weight or (path.name.count('.') > 1) == bool(variant):
+                target = place / 'cache' / path.relative_to(place / 'hub')
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.write_bytes(path.read_bytes())
+        return str(place / 'cache')
+
+    def read(source, file, revision=None):
+        return json.loads((place / 'hub' / file).read_text())
+
+    monkeypatch.setattr(StableDiffusionPipeline, 'download', download)
+    monkeypatch.setattr(pipelines, 'read_json', read)
+    same(picture(load_pipeline('owner/name', 'cpu')), picture(micro_pipeline()))
+
+
 def test_the_plain_files_come_first():
     saved('folder', micro_pipeline(seed=1), variant='fp16')
     loaded = load_pipeline(saved('folder'), 'cpu')
     assert torch.equal(weights(loaded.unet), weights(micro_pipeline().unet))
+
+
+# what a folder may not do
+
+
+def plant(place, folder):
+    "Modules that leave a mark when they are imported: in each part's folder, beside it, in it."
+    code = f'open({str(place / "ran")!r}, "w")\nclass Evil: pass\nfrom_pretrained = Evil\n'
+    for name in ('scheduler', 'tokenizer', 'unet', 'text_encoder', '.', '..'):
+        for module in ('evilmod.py', 'pipeline.py'):
+            (folder / name / module).write_text(code)
+
+
+ENTRIES = {
+    'a scheduler of its own': dict(scheduler=['evilmod', 'Evil']),
+    'a tokenizer of its own': dict(tokenizer=['evilmod', 'Evil']),
+    'a network of its own': dict(unet=['evilmod', 'Evil']),
+    'one part more': dict(guard=['evilmod', 'Evil']),
+    'an unused part': dict(feature_extractor=['evilmod', 'Evil']),
+    'a path': dict(scheduler=['../evilmod', 'Evil']),
+    'a module below': dict(scheduler=['diffusers.evilmod', 'Evil']),
+    'a standard module': dict(text_encoder=['this', 's']),
+    'nothing': dict(vae=[]),
+    'a list': dict(vae=[['evilmod'], 'Evil']),
+    'a pipeline of its own': dict(_class_name=['pipeline', 'Evil']),
+    'another pipeline': dict(_class_name='evilmod.Evil'),
+}
+
+
+@pytest.mark.parametrize('changes', ENTRIES.values(), ids=ENTRIES)
+def test_no_code_of_a_model_runs(place, monkeypatch, changes, capsys):
+    "Refused by its name, before anything is imported, loaded or made."
+    edit(saved(place / 'folder') / 'model_index.json', **changes)
+    plant(place, place / 'folder')
+    monkeypatch.syspath_prepend(place)
+    with pytest.raises(ValueError, match=r"folder' (has \[|is a ).*; expected") as caught:
+        load_pipeline('folder', 'cpu')
+    assert len(str(caught.value).splitlines()) == 1
+    for said in refused_by_the_command(['--model', 'folder', '--config', 'tiny'], capsys):
+        assert str(caught.value).removeprefix("'folder' ") in said  # there it is absolute
+    assert not (place / 'ran').exists() and 'evilmod' not in sys.modules
+
+
+CLASSES = {
+    'scheduler': ['diffusers', 'EulerDiscreteScheduler'],
+    'tokenizer': ['transformers', 'AutoTokenizer'],
+    'unet': ['diffusers', 'AutoModel'],
+    'text_encoder': ['transformers', 'AutoModel'],
+}
+
+
+@pytest.mark.parametrize('part', CLASSES)
+def test_only_known_classes_are_loaded(place, part):
+    "Whatever the folder names: a class that reads further names of code from a config reads none."
+    edit(saved(place / 'folder') / 'model_index.json', **{part: CLASSES[part]})
+    plant(place, place / 'folder')
+    for config in (place / 'folder').glob('*/*config.json'):
+        code = dict.fromkeys(CLASSES[part] + ['AutoModel', 'AutoTokenizer'], 'evilmod.Evil')
+        edit(config, auto_map=code, trust_remote_code=True)
+    same(picture(load_pipeline('folder', 'cpu')), picture(micro_pipeline()))
+    assert not (place / 'ran').exists()
+
+
+@pytest.mark.parametrize(
+    'file', ['model_index.json', 'unet/config.json', 'scheduler/scheduler_config.json']
+)
+@pytest.mark.parametrize('text', ['[]', '["a"]', '3', '"text"', 'null', '{'])
+def test_a_small_file_that_is_no_table(place, file, text, capsys):
+    (saved(place / 'folder') / file).write_text(text)
+    with pytest.raises(ValueError, match="^'folder' could not be loaded; expected") as caught:
+        load_pipeline('folder', 'cpu')
+    assert len(str(caught.value).splitlines()) == 1
+    assert main(['--model', 'folder', '--config', 'tiny']) == 2
+    assert names_in(place) == ['folder']
+
+
+class Payload:
+    "Pickled, it is a call."
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), 'w')
+
+
+BINS = {
+    'unet': 'diffusion_pytorch_model.bin',
+    'vae': 'diffusion_pytorch_model.bin',
+    'text_encoder': 'pytorch_model.bin',
+}
+
+
+@pytest.mark.parametrize('part', BINS)
+def test_pickles_are_read_last_and_as_numbers(place, part):
+    "Beside safetensors, of any variant, not at all; alone they are said, and a call in them fails."
+    folder = saved(place / 'folder', variant='fp16')
+    torch.save(dict(x=Payload(place / 'ran')), folder / part / BINS[part])
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        load_pipeline('folder', 'cpu')
+    for path in (folder / part).glob('*.safetensors'):
+        path.unlink()
+    with (
+        pytest.warns(UserWarning, match=f"{part}' has pickled weights alone"),
+        pytest.raises(ValueError, match='could not be loaded'),
+    ):
+        load_pipeline('folder', 'cpu')
+    assert not (place / 'ran').exists()
+
+
+@pytest.mark.parametrize('kind', ['Img2Img', 'Inpaint', ''])
+def test_pipelines_of_the_same_parts(kind):
+    "An inpainting pipeline may have a UNet of four channels."
+    edit(saved(Path('folder')) / 'model_index.json', _class_name=f'StableDiffusion{kind}Pipeline')
+    same(picture(load_pipeline('folder', 'cpu')), picture(micro_pipeline()))
 
 
 @pytest.mark.parametrize('name', ['model.safetensors', 'model.ckpt', 'model'])
@@ -411,11 +747,6 @@ def with_mask(pipe):
     pipe.text_encoder.config.use_attention_mask = True
 
 
-def with_text_lora(pipe):
-    lora = LoraConfig(r=2, init_lora_weights=False, target_modules=['q_proj', 'v_proj'])
-    inject_adapter_in_model(lora, pipe.text_encoder)
-
-
 ENCODERS = {
     'as it is': lambda pipe: None,
     'a word': lambda pipe: with_words(pipe, 1),
@@ -435,6 +766,56 @@ def test_prompts_are_encoded_as_the_pipeline_does(change):
     context = encode_prompts(pipe, prompts)
     same(context.text, wanted)
     same(context.empty.expand_as(empty), empty)
+
+
+LOST = {  # what a tokenizer without some file makes of every word
+    'nothing': (['a cat', 'a dog'], {}, "'' and 'a cat'"),
+    'nothing of one prompt': (['a fox'], {}, "'' and 'a fox'"),
+    'the same word': (
+        ['a cat', 'a dog'],
+        dict.fromkeys('cat dog'.split(), 'fox'),
+        "'a cat' and 'a dog'",
+    ),
+    'some words the same': (
+        ['a', 'my owl', 'my fox'],
+        dict(my='my', fox='owl', owl='owl', a='a'),
+        "'my owl' and 'my fox'",
+    ),
+}
+
+
+@pytest.mark.parametrize('prompts, read_as, named', LOST.values(), ids=LOST)
+def test_prompts_that_lose_their_difference(prompts, read_as, named):
+    "Both are named: their pictures would be those of one prompt."
+    pipe = micro_pipeline()
+
+    class Tokenizer(type(pipe.tokenizer)):
+        def __call__(self, texts, **options):
+            texts = [texts] if isinstance(texts, str) else texts
+            changed = [' '.join(read_as.get(word, '') for word in text.split()) for text in texts]
+            return super().__call__(changed, **options)
+
+    pipe.tokenizer = Tokenizer.from_pretrained(tiny_folder() / 'tokenizer')
+    with pytest.raises(ValueError, match=f'The prompts {named} are the same 16 tokens'):
+        encode_prompts(pipe, prompts)
+
+
+CUT = 'a' + ' cat' * 20
+
+
+@pytest.mark.filterwarnings('ignore:The text encoder reads')
+@pytest.mark.parametrize('endings', [('dog', 'fox'), ('', 'dog'), ('on a blue field', 'in a box')])
+def test_prompts_that_differ_where_they_are_cut(endings):
+    prompts = [f'{CUT} {ending}' for ending in endings]
+    with pytest.raises(ValueError, match='are the same 16 tokens.*shorten both'):
+        encode_prompts(micro_pipeline(), prompts)
+
+
+@pytest.mark.parametrize('other', ['A Cat', ' a  cat ', 'a\tcat', 'a cat'])
+def test_prompts_that_are_spelled_otherwise(other):
+    "The tokenizer's own affair: it reads small letters, and a space is a space."
+    text = encode_prompts(micro_pipeline(), ['a cat', other]).text
+    assert torch.equal(text[0], text[1])
 
 
 # rewards
@@ -472,14 +853,14 @@ FINE = [
 
 @pytest.mark.parametrize('source', REWARDS)
 def test_a_reward_of_another_form_is_refused_first(place, monkeypatch, capsys, source):
-    """By the command and its dry run, with the type of what came back, before a model is loaded or
-    a folder is made."""
+    """By the command, with the type of what came back, before a model is loaded or a folder is
+    made."""
     (place / 'brought.py').write_text(source + '\n')
     monkeypatch.delitem(sys.modules, 'brought', raising=False)
-    own_reward.cache_clear()
-    for said in refused_by_the_command(['--reward', 'brought:reward'], capsys):
-        assert 'brought:reward' in said, said
-        assert all(word in said for word in REWARDS[source]), said
+    assert main(['--reward', 'brought:reward']) == 2
+    said = capsys.readouterr().err
+    assert 'brought:reward' in said, said
+    assert all(word in said for word in REWARDS[source]), said
     monkeypatch.delitem(sys.modules, 'brought', raising=False)
     assert not (place / 'runs').exists()
 
@@ -488,7 +869,6 @@ def test_a_reward_of_another_form_is_refused_first(place, monkeypatch, capsys, s
 def test_numbers_are_taken_as_they_come(place, monkeypatch, answer):
     (place / 'brought.py').write_text(f'def reward(images, prompts): return {answer}\n')
     monkeypatch.delitem(sys.modules, 'brought', raising=False)
-    own_reward.cache_clear()
     assert score(own_reward('brought:reward'), torch.rand(2, 3, 8, 8), PAIR).shape == (2,)
     monkeypatch.delitem(sys.modules, 'brought', raising=False)
 
@@ -643,6 +1023,34 @@ def test_an_accelerator_is_chosen_where_there_is_one(monkeypatch, there, wanted)
     monkeypatch.setattr(torch.accelerator, 'is_available', lambda: there is not None)
     monkeypatch.setattr(torch.accelerator, 'current_accelerator', lambda: torch.device(there))
     assert load_pipeline('tiny').device.type == wanted
+
+
+@pytest.mark.parametrize(
+    'by, wanted',
+    [('argument', 'meta'), ('environment', 'cpu'), ('environment', 'meta'), ('setting', 'cpu')],
+)
+def test_a_device_can_be_chosen(monkeypatch, by, wanted):
+    "An argument before a setting, that before the environment, and that before what is there."
+    monkeypatch.setattr(torch.accelerator, 'is_available', lambda: True)
+    other = torch.device('meta' if wanted == 'cpu' else 'cpu')
+    monkeypatch.setattr(torch.accelerator, 'current_accelerator', lambda: other)
+    monkeypatch.setenv('DDPO_DEVICE', wanted if by == 'environment' else str(other))
+    config = Config(lora_rank=0, device=dict(setting=wanted, argument='cpu').get(by, ''))
+    pipe = load_model(config, wanted if by == 'argument' else None)
+    assert pipe.device.type == wanted
+    if by == 'environment':
+        assert load_pipeline('tiny').device.type == wanted
+
+
+@pytest.mark.parametrize('device', ['cuda:99', 'xpu', 'gpu', 'cpu cpu', 'CPU'])
+def test_a_device_that_is_not_there(monkeypatch, device):
+    "One sentence, before a weight is read."
+    with pytest.raises(ValueError, match=f"^There is no device '{device}'; expected") as caught:
+        load_pipeline('no/such/model', device)
+    assert len(str(caught.value).splitlines()) == 1
+    monkeypatch.setenv('DDPO_DEVICE', device)
+    with pytest.raises(ValueError, match=f"^There is no device '{device}'"):
+        load_pipeline('tiny')
 
 
 @pytest.mark.parametrize('device', ['cpu', 'mps', 'xpu'])

@@ -4,6 +4,10 @@ Run: python -m pytest tests/test_checkpoints.py -n 0
 """
 
 import os
+import pickle
+import random
+import stat
+import zipfile
 from dataclasses import asdict, replace
 from functools import cache
 
@@ -15,9 +19,11 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from ddpo_tutorial.checkpoints import (
     checkpoints,
+    epochs_done,
     is_whole,
     load_checkpoint,
     newest_checkpoint,
+    open_checkpoint,
     pack,
     save_checkpoint,
     set_weights,
@@ -234,6 +240,106 @@ def test_a_damaged_one_is_named_and_passed_over(tmp_path, how, capsys):
     assert 'epoch-00003.pt is damaged' in capsys.readouterr().out
 
 
+def same(a, b):
+    "Equal content of two checkpoints, to the bit."
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[name], b[name]) for name in a)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(map(same, a, b))
+    return torch.equal(a, b) if torch.is_tensor(a) else a == b
+
+
+def test_one_bit_in_the_directory_is_found_or_means_nothing(tmp_path):
+    """In the archive's directory and headers, and in what says where the tensors are. Whatever a
+    bit makes of them, nothing is raised, and what is called whole loads as it was written."""
+    saved(tmp_path, epochs=1)
+    (path,) = checkpoints(tmp_path)
+    data = path.read_bytes()
+    wanted = open_checkpoint(path)
+    with zipfile.ZipFile(path) as archive:
+        heads = [info.header_offset for info in archive.infolist()]
+        directory = range(archive.start_dir, len(data))
+    places = [*directory, *(head + i for head in heads for i in range(64))]
+    rng = random.Random(0)
+    whole = []
+    for _ in range(60):
+        changed = bytearray(data)
+        changed[rng.choice(places)] ^= 1 << rng.randrange(8)
+        victim = tmp_path / 'epoch-00002.pt'
+        victim.write_bytes(changed)
+        whole.append(is_whole(victim))
+        assert newest_checkpoint(tmp_path) == (victim if whole[-1] else path)
+        assert not whole[-1] or same(open_checkpoint(victim), wanted)
+    assert 0 < sum(whole) < 60
+
+
+class Evil:
+    "Makes a folder when it is unpickled."
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.folder),)
+
+
+def write_odd(path, what):
+    "A file that is no checkpoint of this version."
+    content = torch.load(path, weights_only=True)
+    evil = Evil(path.parent / 'evil')
+    if what == 'no weights':
+        del content['weights']
+    elif what == 'an older version':
+        del content['state']['wandb_id']
+    elif what == 'a payload':
+        content['more'] = evil
+    elif what == 'plain weights':
+        content = content['weights']
+    elif what == 'a list':
+        content = [1, 2]
+    torch.save(content, path, _use_new_zipfile_serialization=what != 'the old format')
+    if what == 'a pickle':
+        path.write_bytes(pickle.dumps(evil))
+    elif what == 'a zip':
+        with zipfile.ZipFile(path, 'w') as archive:
+            archive.writestr('archive/data.pkl', pickle.dumps(evil))
+
+
+ODD = 'no weights,an older version,a payload,plain weights,a list,the old format,a pickle,a zip'
+
+
+@pytest.mark.parametrize('what', ODD.split(','))
+def test_what_does_not_load_is_named_and_passed_over(tmp_path, what, capsys):
+    "No code in it is run, and nobody is told to load it nevertheless."
+    saved(tmp_path)
+    write_odd(tmp_path / 'epoch-00003.pt', what)
+    assert newest_checkpoint(tmp_path).stem == 'epoch-00002'
+    said = capsys.readouterr().out
+    assert 'epoch-00003.pt is damaged, or no checkpoint of this version' in said
+    assert 'weights_only' not in said and not (tmp_path / 'evil').exists()
+
+
+def test_a_checkpoint_knows_whose_it_is(tmp_path):
+    pipe, state = saved(tmp_path)
+    path = save_checkpoint(tmp_path, pipe, state, owner=dict(seed=0, eta=1.0, names=['a', 'b']))
+    assert epochs_done(path, dict(names=['a', 'b'], eta=1.0, seed=0)) == 3
+    assert epochs_done(path, dict(seed=0, new='setting')) == 3  # of a later version
+    with pytest.raises(ValueError, match='another run: its eta is 1.0, here it is 0.5'):
+        epochs_done(path, dict(seed=0, eta=0.5, names=[]))
+    assert epochs_done(save_checkpoint(tmp_path, pipe, state), dict(seed=7)) == 3  # version 0.3's
+
+
+def test_after_99999_epochs_come_100000(tmp_path):
+    pipe, state = saved(tmp_path, epochs=1)
+    names = []
+    for count in (99_999, 100_000, 100_001):
+        state.rows = state.rows[:1] * count
+        names.append(save_checkpoint(tmp_path, pipe, state).stem)
+    assert names == ['epoch-99999', 'epoch-100000', 'epoch-100001']
+    assert [path.stem for path in checkpoints(tmp_path)] == names[1:]
+    assert newest_checkpoint(tmp_path).stem == 'epoch-100001'
+
+
 def test_a_run_goes_on_from_before_the_damage(tmp_path):
     "And the damaged one is replaced by what it should have been."
     die_at_step(tmp_path, 2 * STEPS + 1)
@@ -275,6 +381,43 @@ def test_a_reader_in_the_middle_has_the_old_file(tmp_path):
     with path.open() as reader:
         write_aside(path, lambda aside: aside.write_text('new'))
         assert reader.read() == 'old' * 9 and path.read_text() == 'new'
+
+
+@pytest.mark.parametrize('umask, mode', [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+def test_who_may_read_it_is_the_users_choice(tmp_path, umask, mode):
+    before = os.umask(umask)
+    try:
+        write_aside(tmp_path / 'table.csv', lambda aside: aside.write_text('new'))
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / 'table.csv').stat().st_mode) == mode
+
+
+@pytest.mark.parametrize('dangling', [False, True])
+def test_nothing_is_written_through_a_link(tmp_path, monkeypatch, dangling):
+    "Not even if somebody knew the name under which it is written first."
+    precious = tmp_path / 'precious.txt'
+    monkeypatch.setattr(os, 'urandom', lambda count: bytes(count))
+    for name in ('table.part', 'table.part00000000', 'table.csv'):
+        (tmp_path / name).symlink_to(precious)
+    if not dangling:
+        precious.write_text('mine')
+    with pytest.raises(FileExistsError):
+        write_aside(tmp_path / 'table.csv', lambda aside: aside.write_text('new'))
+    monkeypatch.undo()
+    write_aside(tmp_path / 'table.csv', lambda aside: aside.write_text('new'))
+    assert not (tmp_path / 'table.csv').is_symlink()
+    assert not precious.exists() if dangling else precious.read_text() == 'mine'
+
+
+def test_what_a_killed_writer_left_is_in_nobodys_way(tmp_path):
+    "It may be as large as a checkpoint, and goes with the next one that is written."
+    pipe, state = saved(tmp_path)
+    for name in ('epoch-00003.part', 'epoch-00003.part0f0f0f0f', 'epoch-00004.part00000000'):
+        (tmp_path / name).write_bytes(b'half')
+    assert newest_checkpoint(tmp_path).stem == 'epoch-00003'
+    save_checkpoint(tmp_path, pipe, state)
+    assert {path.name for path in tmp_path.iterdir()} == {'epoch-00002.pt', 'epoch-00003.pt'}
 
 
 def test_a_full_disk_is_said(tmp_path):
@@ -325,17 +468,3 @@ def test_a_compiled_models_names_are_the_plain_ones():
     assert trained_weights(compiled).keys() == trained_weights(plain).keys()
     set_weights(compiled, trained_weights(plain))
     assert torch.equal(weights(compiled.unet), weights(plain.unet))
-
-
-def test_no_code_in_the_file_is_run(tmp_path):
-    "A checkpoint from somebody else may hold anything."
-
-    class Evil:
-        def __reduce__(self):
-            return os.mkdir, (str(tmp_path / 'evil'),)
-
-    path = tmp_path / 'epoch-00001.pt'
-    torch.save(dict(weights=Evil()), path)
-    with pytest.raises(Exception, match='weights_only'):
-        load_checkpoint(path, model(), new_state(SMALL, model()))
-    assert not (tmp_path / 'evil').exists()

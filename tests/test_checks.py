@@ -9,7 +9,15 @@ import pytest
 import torch
 from helpers import brightness, generator
 
-from ddpo_tutorial.checks import check_images, check_pairs, check_rewards
+from ddpo_tutorial.checks import (
+    check_config,
+    check_images,
+    check_names,
+    check_pairs,
+    check_rewards,
+    check_trained,
+)
+from ddpo_tutorial.configs import Config
 from ddpo_tutorial.predictors import Offloaded
 from ddpo_tutorial.rewards import WeightedSum, score
 
@@ -89,7 +97,12 @@ BAD_REWARDS = {
         TypeError,
         'are a tuple; expected.*return the scores alone',
     ),
-    'tuple of numbers': ((1.0, 2.0), TypeError, 'are a tuple; expected a tensor, array or list'),
+    'scores and scores': ((torch.zeros(2), torch.zeros(2)), TypeError, 'return the scores alone'),
+    'by prompt': ({'a cat': 1.0, 'an owl': 2.0}, TypeError, 'are a dict; expected a tensor'),
+    'by number': ({0: 1.0, 1: 2.0}, TypeError, 'are a dict; expected a tensor'),
+    'a set': ({1.0, 2.0}, TypeError, 'are a set; expected a tensor'),
+    'words': (['1', '2'], TypeError, 'are a list; expected a tensor, array or list of 2 numbers'),
+    'ragged': ([[1.0], [1.0, 2.0]], TypeError, 'are a list; expected'),
     'None': (None, TypeError, 'are a NoneType; expected a tensor, array or list of 2 numbers'),
     'nan': (
         torch.tensor([1.0, float('nan')]),
@@ -133,7 +146,11 @@ def test_rewards_of_no_prompts(prompts, error, words):
 GOOD_REWARDS = [
     [1.0, 2.0],
     [1, 2],
+    (1.0, 2.0),
+    (torch.tensor(1.0), np.float32(2)),
     [torch.tensor(1.0), torch.tensor(2.0)],
+    np.array([2.0, 1.0])[::-1],
+    np.array([1.0, 0.0, 2.0])[::2],
     np.array([1.0, 2.0]),
     np.array([1, 2]),
     torch.tensor([1, 2]),
@@ -192,6 +209,28 @@ def test_pairs_that_would_broadcast(shapes):
 
 def test_pairs_that_fit():
     check_pairs(a=torch.zeros(4), b=torch.zeros(4), c=torch.zeros(4))
+
+
+@pytest.mark.parametrize('names, taken', [([], 'a|b'), ('cd', 'a|b'), (['aa', 'x_a'], 'a|b.*')])
+def test_names_that_are_free(names, taken):
+    check_names(names, taken)
+    with pytest.raises(ValueError, match="'b' is the name of another metric"):
+        check_names([*names, 'b'], taken)
+
+
+@pytest.mark.parametrize('held', [[0, 1], [0, 1, 2, 3], [], [0, 1, 3]])
+def test_an_optimizer_of_other_weights(held):
+    weights = [torch.nn.Parameter(torch.zeros(2)) for _ in range(4)]
+    check_trained(torch.optim.AdamW(weights[:3]), weights[2::-1])
+    optimizer = torch.optim.AdamW([weights[i] for i in held] or weights[3:])
+    with pytest.raises(ValueError, match='other weights than the pipe'):
+        check_trained(optimizer, weights[:3])
+
+
+def test_a_config_is_a_config():
+    check_config(Config())
+    with pytest.raises(TypeError, match='config is .*Config.*; expected a Config'):
+        check_config(Config)
 
 
 def test_rewards_beyond_float32_are_refused():

@@ -3,6 +3,7 @@
 Run: python -m pytest tests/test_configs.py -n 0
 """
 
+import re
 from dataclasses import fields
 from pathlib import Path
 
@@ -113,11 +114,19 @@ def test_an_empty_file_is_the_default(tmp_path, text):
         ('learning_rate: fast', ['learning_rate', "'fast'", 'number']),
         ('learning_rate: .nan', ['learning_rate', "'.nan'", 'number']),
         ('loss: hinge', ['loss', "'hinge'", "'clipped' or 'reinforce'"]),
-        ('model: [tiny]', ['model', "['tiny']", 'string']),
+        ('model: [tiny]', ['bad.yaml', 'model: [tiny]', 'one setting a line']),
         ('seed: -1', ['seed', "'-1'", 'greater than or equal to 0']),
         ('min_count: 99', ['min_count=99', 'buffer_size=16']),
-        ('- a list', ["['a list']", 'one setting a line', 'seed: 1']),
-        ('"just words"', ["'just words'", 'one setting a line']),
+        ('- a list', ['- a list', 'one setting a line', 'seed: 1']),
+        ('seed: 1\nmodel: tiny\nseed: 2', ['line 3', 'seed: 2', 'each once']),
+        ('seed: 1\n"seed": 1', ['line 2', 'each once']),
+        ('? [a, b]\n: 1', ['? [a, b]', 'one setting a line']),
+        ('seed: {a: 1}', ['seed: {a: 1}', 'one setting a line']),
+        ('a: &a [x, x]\nb: &b [*a, *a]', ['a: &a [x, x]', 'one setting a line']),
+        ('seed: 1\n---\nseed: 2', ['line 2', 'another document']),
+        ('[' * 3000, ['bad.yaml', 'recursion']),
+        ('#' * 100_001, ['bad.yaml', '100,000 bytes']),
+        ('"just words"', ['"just words"', 'one setting a line']),
         ('a: b: c', ['bad.yaml', 'is not a YAML file']),
         ('model: "tiny', ['bad.yaml', 'is not a YAML file']),
     ],
@@ -143,7 +152,7 @@ def test_a_written_configuration_is_read_again(tmp_path):
         samples_per_epoch=33,
         num_inference_steps=3,
         guidance_scale=-0.0,
-        eta=1e-9,
+        eta=0.1,
         window_start=1,
         window_size=2,
         num_inner_epochs=2,
@@ -159,6 +168,7 @@ def test_a_written_configuration_is_read_again(tmp_path):
         buffer_size=7,
         min_count=2,
         lora_rank=4,
+        device='cuda:1',
         dtype='bfloat16',
         sample_batch_size=5,
         minibatch_size=6,
@@ -176,6 +186,59 @@ def test_a_written_configuration_is_read_again(tmp_path):
     write_config(config, tmp_path / 'config.yaml')
     assert load_config(tmp_path / 'config.yaml') == config
     assert list(read_config(tmp_path / 'config.yaml')) == SETTINGS
+
+
+ROOMY = """a: &a [x, x, x, x, x, x, x, x, x]
+b: &b [*a, *a, *a, *a, *a, *a, *a, *a, *a]
+c: &c [*b, *b, *b, *b, *b, *b, *b, *b, *b]
+"""
+
+
+@pytest.mark.parametrize('last', ['seed: *c', '? *c\n: 1', '<<: *c', 'd: [*c, *c]'])
+def test_nested_aliases_are_not_unfolded(tmp_path, last):
+    "What is said stays short, whatever the few bytes would become."
+    (tmp_path / 'roomy.yaml').write_text(ROOMY + last)
+    with pytest.raises(ValueError, match='one setting a line') as caught:
+        load_config('roomy.yaml')
+    assert len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize('device', ['', 'cpu', 'cuda', 'cuda:1', 'mps'])
+def test_devices(device):
+    assert Config(device=device).device == device
+
+
+@pytest.mark.parametrize('given', ['my/folder', './my/folder/', '~/my/folder', 'my.safetensors'])
+def test_a_model_of_ones_own_is_found_from_everywhere(tmp_path, monkeypatch, given):
+    "A name that means a folder here could mean somebody's model on the hub elsewhere."
+    monkeypatch.setenv('HOME', str(tmp_path))
+    monkeypatch.setenv('USERPROFILE', str(tmp_path))
+    (tmp_path / 'my' / 'folder').mkdir(parents=True)
+    for file in ('my/folder/model_index.json', 'my.safetensors'):
+        (tmp_path / file).write_text('{}')
+    config = Config(model=given)
+    write_config(config, tmp_path / 'config.yaml')
+    monkeypatch.chdir('/')
+    found = load_config(tmp_path / 'config.yaml').model
+    assert found == config.model and Path(found).samefile(tmp_path / given.removeprefix('~/'))
+
+
+@pytest.mark.parametrize('name', ['tiny', 'owner/name', 'CompVis/stable-diffusion-v1-4'])
+def test_other_names_of_models_stay(name):
+    assert Config(model=name).model == name
+
+
+@pytest.mark.parametrize('count', [1, 10**6, 10**9])
+def test_many_epochs(count):
+    assert Config(num_epochs=count).sizes()['images'] == 64 * count
+
+
+def test_help_of_a_configuration():
+    "Every setting stands there with its meaning, once."
+    for name in SETTINGS:
+        (line,) = re.findall(rf'^    {name}: .*', Config.__doc__, re.MULTILINE)
+        assert '  # ' in line or name == 'reward'
+    assert 'or your own as module:name' in Config.__doc__
 
 
 # what they come to

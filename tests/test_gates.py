@@ -112,7 +112,8 @@ def copy_of_notebooks(folder):
     for name in ('settings.ini', 'setup.py', 'README.md'):
         shutil.copy(ROOT / name, folder)
     (folder / 'ddpo_tutorial').mkdir()
-    shutil.copy(ROOT / 'ddpo_tutorial' / '__init__.py', folder / 'ddpo_tutorial')
+    for name in ('__init__.py', '__main__.py'):
+        shutil.copy(ROOT / 'ddpo_tutorial' / name, folder / 'ddpo_tutorial')
 
 
 def nbdev(command, folder):
@@ -251,7 +252,7 @@ def test_the_package_is_small():
     "Formatted lines of code: what the main line leads through, and everything but the checkers."
     count = {path.stem: code_lines(path) for path in MODULES}
     assert sum(count[stem] for stem in MAIN_LINE) <= 750, count
-    assert sum(count.values()) - count['exercises'] <= 2400, count
+    assert sum(count.values()) - count['exercises'] <= 2670, count
 
 
 def test_floors_name_all_modules():

@@ -9,6 +9,7 @@ import time
 import psutil
 import pytest
 import torch
+from filelock import FileLock
 
 from ddpo_tutorial.checkpoints import save_checkpoint
 from ddpo_tutorial.configs import Config
@@ -45,9 +46,9 @@ def new_run(folder):
     )
     pipe = add_lora(load_pipeline('tiny', 'cpu'))
     prompts = fill_template(simple_animals())
-    run = Run(config, folder, pipe, tiny_aesthetic(), prompts, new_state(config, pipe), main=True)
+    run = Run(config, folder, str(folder), prompts, True, FileLock(folder / 'run.lock'))
     write_settings(run)
-    return run
+    return run._replace(pipe=pipe, reward=tiny_aesthetic(), state=new_state(config, pipe))
 
 
 def soak(folder):

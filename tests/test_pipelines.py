@@ -3,7 +3,9 @@
 Run: python -m pytest tests/test_pipelines.py -n 0
 """
 
+import contextlib
 import json
+import logging.handlers
 import os
 import shutil
 import subprocess
@@ -16,7 +18,16 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, PNDMScheduler, StableDiffusionPipeline
 from diffusers.models.attention_processor import AttnProcessor2_0
-from helpers import PROMPTS, calls_of, generator, micro_pipeline, moved, sample_some, weights
+from helpers import (
+    PROMPTS,
+    calls_of,
+    generator,
+    micro_pipeline,
+    moved,
+    picture,
+    sample_some,
+    weights,
+)
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from sd_shape import sd_networks
@@ -154,7 +165,7 @@ def test_missing_part_is_not_looked_for_on_the_hub(tmp_path, micro, monkeypatch)
     assert 'offline' not in str(caught.value)
 
 
-OTHERS = ['StableDiffusionXLPipeline', 'FluxPipeline', 'StableDiffusionInpaintPipeline', None]
+OTHERS = ['StableDiffusionXLPipeline', 'FluxPipeline', 'StableDiffusionControlNetPipeline', None]
 
 
 def write_index(folder, name):
@@ -256,6 +267,11 @@ def with_numbers(found):
     return found | {'text_model.embeddings.position_ids': torch.arange(16)[None]}
 
 
+def with_projection(found):
+    "As a text encoder with a layer for comparing with pictures was saved."
+    return found | {'text_projection.weight': torch.ones(2, 2)}
+
+
 def without_beginning(found):
     return {name.removeprefix('text_model.'): weight for name, weight in found.items()}
 
@@ -299,7 +315,13 @@ def test_other_weights_of_the_hub_are_refused(hub, micro):
 
 
 @pytest.mark.parametrize(
-    'part, change', [('vae', with_old_attention), ('text_encoder', with_numbers), ('unet', dict)]
+    'part, change',
+    [
+        ('vae', with_old_attention),
+        ('text_encoder', with_numbers),
+        ('text_encoder', with_projection),
+        ('unet', dict),
+    ],
 )
 def test_older_files_are_the_same_model(copied, tiny, part, change):
     "Accepted: what diffusers converts, numbers that are no weights, one file in place of two."
@@ -307,6 +329,24 @@ def test_older_files_are_the_same_model(copied, tiny, part, change):
     loaded = load_pipeline(copied, 'cpu')
     for name in FILES:
         assert torch.equal(weights(getattr(loaded, name)), weights(getattr(tiny, name)))
+
+
+@pytest.mark.parametrize('change', [without_first, with_another, with_numbers])
+@pytest.mark.parametrize('part', FILES)
+def test_the_libraries_tables_are_not_printed(copied, part, change):
+    "What is wrong is said once, by us; a library may speak again afterwards."
+    rewrite(copied, part, change)
+    said = logging.handlers.BufferingHandler(99)
+    libraries = [logging.getLogger(name) for name in ('transformers', 'diffusers')]
+    for library in libraries:
+        library.addHandler(said)
+    with contextlib.suppress(ValueError):
+        load_pipeline(copied, 'cpu')
+    assert not said.buffer
+    for library in libraries:
+        library.warning('heard')
+        library.removeHandler(said)
+    assert len(said.buffer) == 2
 
 
 def test_numbers_of_positions_are_no_weights():
@@ -328,13 +368,6 @@ def test_text_encoder_is_never_random(copied, tiny):
 
 
 # precision
-
-
-def picture(pipe):
-    "A plain call of the pipeline: (1, 3, H, W)."
-    return pipe(
-        'a cat', num_inference_steps=5, generator=generator(), output_type='pt'
-    ).images.float()
 
 
 @pytest.fixture
@@ -394,7 +427,7 @@ def test_what_is_saved_draws_the_same_in_plain_diffusers(load, tmp_path, dtype, 
     plain.set_progress_bar_config(disable=True)
     if lora:
         plain.load_lora_weights(tmp_path / 'trained')
-    assert (trained - untrained).abs().mean() > 0.02
+    assert (trained - untrained).abs().mean() > 0.01
     error = (picture(plain) - trained).abs()
     assert error.max() <= 1e-5 if dtype == torch.float32 else error.mean() < 0.01
     assert pipe.vae.dtype == pipe.text_encoder.dtype == dtype  # saving changes nothing

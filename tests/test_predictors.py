@@ -4,7 +4,10 @@ waits on the CPU; a reward function of the user's.
 Run: python -m pytest tests/test_predictors.py -n 0
 """
 
+import importlib
 import os
+import sys
+import types
 from pathlib import Path
 
 import open_clip
@@ -27,6 +30,7 @@ from ddpo_tutorial.predictors import (
     own_reward,
     pick_score,
     place_reward,
+    show_code,
 )
 from ddpo_tutorial.rewards import WeightedSum, clip_pixels, score, score_terms, tiny_clip_folder
 
@@ -322,20 +326,72 @@ def test_all_terms_of_a_sum_wait():
 
 # the user's own
 
+SOURCES = dict(
+    raises='def reward(images, prompts): return images.nothing\n',
+    leaves='import sys\nsys.exit(3)\n',
+    needs='import no_such_library\n',
+    edited='reward = lambda images, prompts: [1, 2]\n',
+    away="""import urllib.request
+def reward(images, prompts): urllib.request.urlopen('http://127.0.0.1:9', timeout=5)
+""",
+)
+IMPORT = 'with module.py in this folder'
+TRIED = 'Tried on two random pictures'
 OWN = {
-    'no_such:reward': ['no_such', 'module:name'],
-    'json:reward': ['json:reward', 'AttributeError'],
-    'json:__name__': ['json:__name__', 'str', 'function'],
-    'raises:reward': ['raises:reward', 'AttributeError', 'nothing'],
+    'no_such:reward': ['no_such', IMPORT],
+    'json:reward': ['json:reward', 'AttributeError', IMPORT],
+    'json:__name__': ['json:__name__', 'str', 'function', TRIED],
+    'raises:reward': ['raises:reward', 'AttributeError', 'nothing', TRIED],
+    'leaves:reward': ['leaves:reward', 'SystemExit: 3', IMPORT],
+    'needs:reward': ['needs:reward', 'no_such_library', IMPORT],
+    'away:reward': ['away:reward', 'URLError', 'refused', TRIED],
 }
 
 
-@pytest.mark.parametrize('name', OWN)
-def test_own_rewards_that_cannot_be_used(name, tmp_path, monkeypatch):
-    "Found out on two random pictures, before anything heavy is loaded."
+@pytest.fixture
+def mine(tmp_path, monkeypatch):
+    "A folder with modules of the user's, none of which is imported yet."
     monkeypatch.chdir(tmp_path)
-    Path('raises.py').write_text('def reward(images, prompts): return images.nothing\n')
-    own_reward.cache_clear()
+    monkeypatch.setattr(sys, 'path', [*sys.path])
+    for name, text in SOURCES.items():
+        Path(f'{name}.py').write_text(text)
+    yield tmp_path
+    for name in SOURCES:
+        sys.modules.pop(name, None)
+
+
+@pytest.mark.parametrize('name', OWN)
+def test_own_rewards_that_cannot_be_used(name, mine):
+    """Found out on two random pictures, before anything heavy is loaded. The cause is named, and
+    only who cannot import a module hears where it should be."""
     with pytest.raises(ValueError, match='cannot be used') as caught:
         own_reward(name)
-    assert all(words in str(caught.value) for words in OWN[name])
+    said = str(caught.value)
+    assert all(words in said for words in OWN[name]) and (IMPORT in said) != (TRIED in said)
+
+
+@pytest.mark.parametrize('how', ['defined again', 'reloaded', 'exchanged'])
+def test_an_edited_reward_is_the_one_that_runs(how, mine):
+    "In a running kernel. What was imported before is not announced again."
+    assert own_reward('edited:reward')(None, []) == [1, 2]
+    module = sys.modules['edited']
+    text = 'reward = lambda images, prompts: [3, 4, ][:2]\n'
+    if how == 'defined again':
+        exec(text, vars(module))
+    elif how == 'reloaded':
+        Path('edited.py').write_text(text)
+        importlib.reload(module)
+    else:
+        sys.modules['edited'] = types.ModuleType('edited')
+        exec(text, vars(sys.modules['edited']))
+    assert own_reward('edited:reward')(None, []) == [3, 4]
+
+
+def test_its_place_is_said_once_and_first(mine, capsys):
+    for _ in range(2):
+        with pytest.raises(ValueError, match='Tried'):
+            own_reward('raises:reward')
+    assert capsys.readouterr().out == f'The reward raises:reward is code of {mine / "raises.py"}\n'
+    for _ in range(2):
+        show_code('away:reward')
+    assert capsys.readouterr().out.count('away.py') == 2 and 'away' not in sys.modules

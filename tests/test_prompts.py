@@ -83,10 +83,14 @@ def test_template_without_a_hole():
         ('# animals\n\n  a cat \r\n\n#x\nan owl', ['a cat', 'an owl']),
         ('\ufeffa cat', ['a cat']),
         ('a cät', ['a cät']),
+        ('a cat\u2028in the\u2029rain\x85\nan owl', ['a cat\u2028in the\u2029rain', 'an owl']),
+        ('a\vcat\fan\x1cowl\x1d\x1e', ['a\vcat\fan\x1cowl']),
+        ('a cat\ran owl', ['a cat', 'an owl']),
     ],
 )
 def test_prompt_files(tmp_path, text, prompts):
-    "Comments, empty lines, line ends and a byte order mark taken for prompts."
+    """Comments, empty lines, line ends and a byte order mark taken for prompts. A line ends at LF,
+    CRLF and CR, and nowhere else."""
     path = tmp_path / 'prompts.txt'
     path.write_bytes(text.encode())
     assert read_prompts(path) == read_prompts(str(path)) == prompts

@@ -1,4 +1,5 @@
-"""README.md's commands and code are what they say: parsed from the file, and run.
+"""The commands and the code of README.md and of nbs/README.md, the guide, are what they say: parsed
+from the files, and run.
 
 Run: python -m pytest tests/test_readme.py -n 0
 """
@@ -15,7 +16,8 @@ from ddpo_tutorial.configs import Config, shipped_configs, write_config
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / 'README.md').read_text(encoding='utf-8')
-BLOCKS = re.findall(r'```(\w+)\n(.*?)```', README, re.S)
+GUIDE = (ROOT / 'nbs' / 'README.md').read_text(encoding='utf-8')
+BLOCKS = re.findall(r'```(\w+)\n(.*?)```', README + GUIDE, re.S)
 LINES = [line for kind, text in BLOCKS if kind == 'bash' for line in text.splitlines()]
 COMMANDS = [line for line in LINES if line.strip() and not line.startswith('#')]
 RUNS = [
@@ -51,7 +53,7 @@ def test_every_option_in_the_text_exists():
         'debug',
         'help',
     }
-    text = re.sub(r'```.*?```', '', README, flags=re.S)
+    text = re.sub(r'```.*?```', '', README + GUIDE, flags=re.S)
     used = re.findall(
         r'--([\w-]+)',
         ' '.join(code for code in re.findall(r'`([^`]+)`', text) if 'pytest' not in code),
@@ -79,7 +81,7 @@ def test_every_command_is_understood(args, tmp_path, monkeypatch):
 
 def test_configurations_are_all_listed():
     for name in shipped_configs():
-        assert f'`{name}`' in README
+        assert f'`{name}`' in GUIDE
 
 
 def test_python_block_runs(tmp_path, monkeypatch):
@@ -92,13 +94,28 @@ def test_python_block_runs(tmp_path, monkeypatch):
     assert len(space['rows']) == 1 and space['rows'][0]['reward_mean'] > 0
 
 
-@pytest.mark.parametrize('link', re.findall(r'\]\(([^)#]+)\)', README))
-def test_links_lead_somewhere(link):
+LINKS = [
+    (folder, link)
+    for folder, text in ((ROOT, README), (ROOT / 'nbs', GUIDE))
+    for link in re.findall(r'\]\(([^)#]+)(?:#[^)]*)?\)', text)
+]
+
+
+@pytest.mark.parametrize('folder, link', LINKS, ids=lambda value: str(value)[-30:])
+def test_links_lead_somewhere(folder, link):
     """Links to files of the project; other pages only by arXiv id."""
-    assert link.startswith('https://arxiv.org/abs/') or (ROOT / link).exists()
+    assert link.startswith('https://arxiv.org/abs/') or (folder / link).exists()
 
 
 def test_lessons_are_all_listed():
-    for folder in ('', 'more/', 'engine/'):
+    for path in (ROOT / 'nbs').glob('*.ipynb'):
+        assert f'nbs/{path.name}' in README
+    for folder in ('more', 'engine', 'tiny'):
         for path in (ROOT / 'nbs' / folder).glob('*.ipynb'):
-            assert f'nbs/{folder}{path.name}' in README
+            assert f'({folder}/{path.name}' in GUIDE
+
+
+def test_readme_is_short():
+    """What a command needs comes first, and everything in a few minutes."""
+    words = len(re.sub(r'```.*?```', '', README, flags=re.S).split())
+    assert words <= 800 and len(README.split('```')[0].split()) <= 120

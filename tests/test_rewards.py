@@ -23,6 +23,7 @@ from ddpo_tutorial.rewards import (
     jpeg_compressibility,
     jpeg_incompressibility,
     jpeg_kilobytes,
+    load_tiny_clip,
     score,
     score_terms,
     tiny_aesthetic,
@@ -284,11 +285,63 @@ def test_weighted_sum_of_nothing():
         WeightedSum()
 
 
-@pytest.mark.parametrize('name', ['mean', 'std'])
-def test_weighted_sum_with_the_name_of_a_metric(name):
+class Renamed(WeightedSum):
+    "A sum that names its terms itself."
+
+    def scores(self, images, prompts):
+        return {'std': brightness(images, prompts), **super().scores(images, prompts)}
+
+
+@pytest.mark.parametrize(
+    'name, reward',
+    [
+        ('mean', WeightedSum(mean=(1.0, brightness))),
+        ('std', WeightedSum(light=(1.0, brightness), std=(1.0, brightness))),
+        ('std', Renamed(light=(1.0, brightness))),
+    ],
+)
+def test_weighted_sum_with_the_name_of_a_metric(name, reward):
     "The columns reward_mean and reward_std would be overwritten."
-    with pytest.raises(ValueError, match=f"cannot be named '{name}'.*another name"):
-        WeightedSum(**{name: (1.0, brightness)})
+    with pytest.raises(ValueError, match=f"'{name}' is the name of another metric.*another name"):
+        score_terms(reward, pictures(), PAIR)
+
+
+@pytest.mark.parametrize('weight', [1e39, float('nan'), float('-inf')])
+def test_a_total_that_is_not_finite(weight):
+    "Of finite terms; it would poison every advantage."
+    total = WeightedSum(light=(weight, brightness), size=(1.0, jpeg_incompressibility))
+    with pytest.raises(ValueError, match="for 'a cat'.*expected finite numbers"):
+        score_terms(total, pictures(), PAIR)
+
+
+@pytest.mark.parametrize('error', [StopIteration, GeneratorExit, SystemExit])
+def test_what_would_end_something_else_is_an_error_of_the_reward(error):
+    "A loop would be shorter, or Python would end without a word."
+
+    def raises(images, prompts):
+        raise error(3)
+
+    for reward in (raises, WeightedSum(alone=(1.0, raises))):
+        with pytest.raises(
+            RuntimeError, match=rf'The reward function raised {error.__name__}\(3\)'
+        ):
+            score_terms(reward, pictures(), PAIR)
+    with pytest.raises(KeyboardInterrupt):  # the user's own
+        score(interrupted, pictures(), PAIR)
+
+
+def interrupted(images, prompts):
+    raise KeyboardInterrupt
+
+
+def test_tiny_clip_is_in_evaluation_mode():
+    "Also when it is used directly, and nobody switches it."
+    images = clip_pixels(pictures(), 64, MEAN, STD)
+    clip = load_tiny_clip()
+    assert not any(module.training for module in clip.modules())
+    again = clip.encode_image(images)
+    torch.testing.assert_close(again, tiny_similarity().clip.encode_image(images))
+    assert not torch.allclose(again, clip.train().encode_image(images), atol=1e-3)  # the fault
 
 
 class Wrapped(nn.Module):

@@ -3,9 +3,14 @@
 Run: python -m pytest tests/test_runs.py -n 0, with --slow for the kills and W&B's waits
 """
 
+import errno
+import gc
 import json
 import os
+import pkgutil
 import random
+import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -13,6 +18,9 @@ import sys
 import threading
 import time
 import types
+import warnings
+import weakref
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +32,7 @@ from filelock import FileLock
 from helpers import PROMPTS, brightness, micro_pipeline, without_time
 from PIL import Image
 
+from ddpo_tutorial import runs, training
 from ddpo_tutorial.checkpoints import checkpoints
 from ddpo_tutorial.command import main
 from ddpo_tutorial.configs import Config, load_config
@@ -41,7 +50,7 @@ from ddpo_tutorial.reports import (
     write_rows,
 )
 from ddpo_tutorial.rewards import WeightedSum
-from ddpo_tutorial.runs import FILES, Stop, make_folder, train_run
+from ddpo_tutorial.runs import FILES, Run, Stop, begin_run, make_folder, train_run
 from ddpo_tutorial.sampling import rescore
 from ddpo_tutorial.training import Batch, train, train_epochs
 
@@ -273,6 +282,13 @@ def test_the_sheet_shows_scores():
 # its folder
 
 
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    "An empty folder, in which the command is called."
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
 def test_a_run_is_never_written_over(alone, monkeypatch, capsys):
     folder, _ = alone
     monkeypatch.chdir(folder.parent)
@@ -288,20 +304,112 @@ def test_names_are_counted(tmp_path, monkeypatch):
     assert names == ['tiny-m.f-001', 'tiny-m.f-002']
 
 
-def test_a_model_that_cannot_be_loaded_leaves_nothing(tmp_path, monkeypatch, capsys):
+def test_of_many_that_start_at_once_each_has_its_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert main(['--model', 'owner/name', '--config', 'tiny']) == 2
-    assert "'owner/name'" in capsys.readouterr().err and not list(tmp_path.iterdir())
+    with ThreadPoolExecutor(20) as threads:
+        found = set(threads.map(make_folder, [Config()] * 60))
+    assert len(found) == 60
+
+
+def test_of_two_that_find_it_empty_one_has_it(tmp_path, monkeypatch):
+    "The look is not what claims a folder."
+    monkeypatch.setattr(Path, 'glob', lambda *_: [])
+    config = Config(out=str(tmp_path / 'run'))
+    make_folder(config)
+    with pytest.raises(ValueError, match='cannot be the folder of a run'):
+        make_folder(config)
+
+
+def test_one_that_was_slow_to_start_writes_over_nothing(here, monkeypatch, capsys):
+    "It is held up while it loads; the other begins in the same folder meanwhile."
+    words = [*FLAGS, '--num-epochs', '1', '--out', 'run']
+    load = runs.load_all
+    codes = []
+
+    def slow(*given):
+        monkeypatch.setattr(runs, 'load_all', load)
+        codes.append(main(words))
+        return load(*given)
+
+    monkeypatch.setattr(runs, 'load_all', slow)
+    codes.append(main(words))
+    assert codes == [2, 0] and 'holds something already' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    'error', [OSError(errno.ENOLCK, 'No locks'), NotImplementedError()], ids=repr
+)
+def test_a_disk_without_locks_is_used(here, monkeypatch, error):
+    def acquire(*_, **__):
+        raise error
+
+    monkeypatch.setattr(FileLock, 'acquire', acquire)
+    with pytest.warns(UserWarning, match='cannot be locked.*start no other run'):
+        run = begin_run(Config(out='run', **TINY))
+    assert (run.folder / 'config.yaml').exists()
+
+
+def raises(error):
+    def function(*_, **__):
+        raise error
+
+    return function
+
+
+def interrupted(*_, **__):
+    "Ctrl-C, which a library that reads a file takes for a fault of the file."
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(5)
+    except KeyboardInterrupt:
+        raise OSError('Unable to load weights from the file.') from None
+
+
+LOADS = {
+    'no model': (raises(ValueError('no model')), 2),
+    'Ctrl-C': (raises(KeyboardInterrupt()), 130),
+    'Ctrl-C, misread': (interrupted, 130),
+    'SIGTERM': (lambda *_: send(signal.SIGTERM, pause=5), 143),
+}
+
+
+@pytest.mark.parametrize('out', [[], ['--out', 'a/new/one'], ['--out', '../other/new']], ids=str)
+@pytest.mark.parametrize('load, code', LOADS.values(), ids=LOADS)
+def test_what_does_not_load_leaves_nothing(here, monkeypatch, capsys, load, code, out):
+    "No folder, and nothing wrong is said."
+    (here / 'place').mkdir()
+    monkeypatch.chdir(here / 'place')
+    monkeypatch.setattr(runs, 'load_model', load)
+    assert main([*FLAGS, *out]) == code
+    assert [path.name for path in here.rglob('*')] == ['place']
+    said = capsys.readouterr()
+    assert 'resume' not in said.out + said.err and ('no model' in said.err) == (code == 2)
+
+
+def test_what_does_not_load_leaves_other_runs(here, monkeypatch):
+    make_folder(Config())
+    monkeypatch.setattr(runs, 'load_model', raises(ValueError('no model')))
+    assert main(FLAGS) == 2
+    assert [path.name for path in Path('runs').iterdir()] == ['tiny-aesthetic-001']
+
+
+def test_a_chain_that_cannot_be_made_leaves_no_run(here):
+    "The scheduler is asked when the model is loaded, and before anything is sampled."
+    with pytest.raises(ValueError, match='starts at timestep 1000'):
+        train_run(load_config('tiny', num_inference_steps=1000))
+    assert not list(here.iterdir())
+
+
+def test_a_step_without_randomness_leaves_no_run(here, monkeypatch):
+    "What the loop would refuse at its start is refused before there is a run."
+    pipe = micro_pipeline(set_alpha_to_one=True)
+    monkeypatch.setattr(runs, 'load_model', lambda *_: pipe)
+    with pytest.raises(ValueError, match='set_alpha_to_one'):
+        train_run(Config(**TINY))
+    assert not list(here.iterdir())
 
 
 # stopping and going on
-
-
-@pytest.fixture
-def here(tmp_path, monkeypatch):
-    "An empty folder, in which the command is called."
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
 
 
 def own_reward(place, monkeypatch, act=lambda calls: None):
@@ -319,6 +427,12 @@ def own_reward(place, monkeypatch, act=lambda calls: None):
     monkeypatch.setitem(sys.modules, module.__name__, module)
     name = f'{module.__name__}:reward'
     return ['--reward', name, *FLAGS, '--num-epochs', '3', '--out', 'run']
+
+
+def advice(said):
+    "The words of the command that was printed last, as a shell would hand them over."
+    found = re.findall(r'ddpo_train (--resume .+?)(?: goes on\.)?$', said, re.M)
+    return shlex.split(found[-1])
 
 
 @pytest.fixture(scope='module')
@@ -356,10 +470,10 @@ def test_the_first_signal_ends_the_epoch(here, monkeypatch, capfd, undisturbed, 
 
     assert main(own_reward(here, monkeypatch, act)) == 128 + number
     said = capfd.readouterr().out
-    assert 'The run stops in about' in said
+    assert 'The run stops in about' in said and 'its epoch is done, with a checkpoint' in said
     assert 'Stopped after 2 epochs. To go on: ddpo_train --resume run' in said
     assert epochs_kept(here / 'run') == ['epoch-00001', 'epoch-00002']
-    assert main(['--resume', 'run']) == 0
+    assert main(advice(said)) == 0
     is_the_same_run(here / 'run', undisturbed)
 
 
@@ -372,10 +486,10 @@ def test_the_second_signal_ends_it_at_once(here, monkeypatch, capfd, undisturbed
             send(number, number, pause=1.1)
 
     assert main(own_reward(here, monkeypatch, act)) == 128 + number
-    wanted = 'Interrupted. To go on, with this epoch done again: ddpo_train --resume run'
-    assert wanted in capfd.readouterr().out
+    said = capfd.readouterr().out
+    assert 'Stopped after 1 epochs. To go on: ddpo_train --resume run' in said
     assert epochs_kept(here / 'run') == ['epoch-00001']
-    assert main(['--resume', 'run']) == 0
+    assert main(advice(said)) == 0
     is_the_same_run(here / 'run', undisturbed)
 
 
@@ -403,8 +517,9 @@ def test_an_echo_is_no_second_signal():
     before."""
     before = signal.getsignal(signal.SIGINT)
     with Stop() as stop:
+        stop.when = 'later'
         send(*[signal.SIGINT] * 3)
-        assert stop.signal == signal.SIGINT and stop.epoch_done(1.0)
+        assert stop.signal == stop.between('soon') == signal.SIGINT
         assert signal.getsignal(signal.SIGINT) != before
     assert signal.getsignal(signal.SIGINT) == before
 
@@ -415,12 +530,12 @@ def test_in_a_thread_it_listens_to_nothing():
 
     def enter():
         with Stop() as stop:
-            found.append(stop.epoch_done(1.0))
+            found.append(stop.between('soon'))
 
     thread = threading.Thread(target=enter)
     thread.start()
     thread.join()
-    assert found == [False]
+    assert found == [0]
 
 
 def test_a_reward_function_that_raises_loses_no_epoch(here, monkeypatch, capsys, undisturbed):
@@ -432,12 +547,88 @@ def test_a_reward_function_that_raises_loses_no_epoch(here, monkeypatch, capsys,
             raise ConnectionError('no answer')
 
     assert main(own_reward(here, monkeypatch, act)) == 1
-    assert (
-        'After 1 of 3 epochs: ConnectionError: no answer. Its newest checkpoint is '
-        'epoch-00001.pt. When the cause is gone, ddpo_train --resume run goes on.'
-    ) in capsys.readouterr().err
-    assert main(['--resume', 'run']) == 0
+    said = capsys.readouterr().err
+    assert 'After 1 of 3 epochs: ConnectionError: no answer. When the cause is gone, ' in said
+    assert main(advice(said)) == 0
     is_the_same_run(here / 'run', undisturbed)
+
+
+MOMENTS = {
+    'evaluation before': ('ddpo_tutorial.runs.evaluate', 1),
+    'W&B': ('ddpo_tutorial.reports.start_wandb', 1),
+    'first batch': ('ddpo_tutorial.training.score_batch', 2),
+    'first update': ('ddpo_tutorial.training.clip_gradients', 1),
+    'first checkpoint': ('torch.save', 1),
+    'checkpoint written': ('os.fsync', 3),
+    'old ones removed': ('pathlib.Path.unlink', 1),
+    'first record': ('ddpo_tutorial.runs.record_epoch', 1),
+    'second epoch': ('ddpo_tutorial.training.draw_prompts', 2),
+    'third checkpoint': ('ddpo_tutorial.checkpoints.pack', 3),
+    'evaluation after': ('ddpo_tutorial.runs.evaluate', 2),
+    'pipeline': ('ddpo_tutorial.runs.save_trained', 1),
+}
+
+
+def strike(monkeypatch, name, number, error):
+    "Raise at the call of that number of a function, counted from 1, and never again."
+    place, _, function = name.rpartition('.')
+    original = pkgutil.resolve_name(name)
+    calls = []
+
+    def struck(*given, **options):
+        calls.append(1)
+        if len(calls) == number:
+            raise error
+        return original(*given, **options)
+
+    monkeypatch.setattr(pkgutil.resolve_name(place), function, struck)
+
+
+SLOW_EXIT = pytest.param(SystemExit(3), marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize('error', [KeyboardInterrupt(2), SLOW_EXIT], ids=repr)
+@pytest.mark.parametrize('name, number', MOMENTS.values(), ids=MOMENTS)
+def test_the_advice_works_at_every_moment(
+    here, monkeypatch, capsys, undisturbed, name, number, error
+):
+    """From the words "Writing to" to the end. The command that was printed last goes on, and the
+    run ends as the one that was left alone."""
+    words = own_reward(here, monkeypatch)
+    strike(monkeypatch, name, number, error)
+    assert main(words) == (130 if isinstance(error, KeyboardInterrupt) else 1)
+    said = capsys.readouterr()
+    assert isinstance(error, KeyboardInterrupt) or 'SystemExit: 3' in said.err
+    assert main(advice(said.out + said.err)) == 0
+    is_the_same_run(here / 'run', undisturbed)
+
+
+@pytest.mark.parametrize('call', [2, pytest.param(3, marks=pytest.mark.slow), 5])
+def test_killed_without_a_word_it_can_be_resumed(here, undisturbed, call):
+    "In the evaluation, in the first epoch, in the second; also into another number of checkpoints."
+    source = f"""
+import os, pathlib
+calls = pathlib.Path('calls')
+def reward(images, prompts):
+    with calls.open('a') as file:
+        file.write('.')
+    if len(calls.read_text()) == {call}:
+        os.kill(os.getpid(), 9)
+    return images.mean((1, 2, 3))
+"""
+    (here / 'light.py').write_text(source)
+    words = ['--reward', 'light:reward', *FLAGS, '--num-epochs', '3', '--out', 'run']
+    assert command(*words, cwd=here).returncode == -9
+    words = ['--resume', 'run', '--reward', 'light:reward', '--checkpoint-every', '2']
+    done = command(*words, cwd=here)
+    assert done.returncode == 0, done.stderr
+    is_the_same_run(here / 'run', undisturbed)
+
+
+def test_the_advice_is_for_a_shell(tmp_path):
+    run = Run(Config(reward='mine:sharp'), tmp_path, "a b/it's", [], True, None)
+    assert advice(run.again) == ['--resume', "a b/it's", '--reward', 'mine:sharp']
+    assert advice(run._replace(config=Config()).again) == ['--resume', "a b/it's"]
 
 
 def test_a_nan_reward_stops_before_the_update(here, monkeypatch, capsys):
@@ -456,7 +647,7 @@ def test_a_removed_folder_is_said(here, monkeypatch, capsys):
             shutil.rmtree('run')
 
     assert main(own_reward(here, monkeypatch, act)) == 1
-    assert 'FileNotFoundError' in capsys.readouterr().err
+    assert 'could not be written' in capsys.readouterr().err
 
 
 def test_resumed_from_elsewhere_with_the_prompt_file_gone(here, monkeypatch):
@@ -480,7 +671,7 @@ def test_a_run_of_version_02_is_resumed(here, undisturbed):
     settings = yaml.safe_load(path.read_text())
     assert settings.pop('loss') == 'clipped'
     path.write_text(yaml.safe_dump(settings, sort_keys=False))
-    assert main(['--resume', 'run', '--num-epochs', '4']) == 0
+    assert main(['--resume', 'run', '--reward', 'light:reward', '--num-epochs', '4']) == 0
     assert load_config(path).loss == 'clipped'
     assert table(here / 'run')[:3] == table(undisturbed) and len(table(here / 'run')) == 4
 
@@ -493,12 +684,278 @@ def test_what_a_resumed_run_refuses(alone, monkeypatch, capsys):
     rows = table(folder)
     assert main(['--resume', 'run', '--seed', '1']) == 2
     assert 'seed=1 would make it another run' in capsys.readouterr().err
-    assert main(['--resume', 'run', '--num-epochs', '2']) == 1
+    assert main(['--resume', 'run', '--num-epochs', '2']) == 2
     assert 'num_epochs=2; expected at least 3' in capsys.readouterr().err
+    assert load_config(folder / 'config.yaml').num_epochs == 3
     with FileLock(folder / 'run.lock'):
         assert main(['--resume', 'run']) == 2
     assert 'is in use' in capsys.readouterr().err
     assert main(['--resume', 'run']) == 0 and table(folder) == rows
+
+
+def contents(folder):
+    "All files, by name, but for the lock."
+    files = [path for path in folder.rglob('*') if path.is_file() and path.name != 'run.lock']
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+def refused_untouched(folder, capsys, *wanted, words=()):
+    "Resuming is refused before anything is loaded or written. Returns what was said."
+    before = contents(folder)
+    assert main(['--resume', str(folder), *words]) == 2
+    said = ''.join(capsys.readouterr())
+    assert all(word in said for word in wanted), said
+    assert 'Training' not in said and contents(folder) == before
+
+
+def for_all(act):
+    return lambda folder: [act(path) for path in (folder / 'checkpoints').iterdir()]
+
+
+LOST = {
+    'emptied': for_all(lambda path: path.write_bytes(b'')),
+    'cut': for_all(lambda path: path.write_bytes(path.read_bytes()[:1000])),
+    'removed': for_all(Path.unlink),
+    'all removed': lambda folder: shutil.rmtree(folder / 'checkpoints'),
+    'no files': for_all(lambda path: (path.unlink(), path.mkdir())),
+}
+
+
+@pytest.mark.parametrize('lose', LOST.values(), ids=LOST)
+def test_without_its_checkpoints_a_run_is_not_begun_anew(alone, tmp_path, capsys, lose):
+    "Its tables are all that is left of it."
+    shutil.copytree(alone[0], tmp_path / 'run')
+    lose(tmp_path / 'run')
+    wanted = ['No checkpoint in', 'loads, and 3 epochs are done', 'begin a new run']
+    refused_untouched(tmp_path / 'run', capsys, *wanted, words=['--num-epochs', '4'])
+
+
+def test_interrupted_before_its_first_checkpoint_it_begins_again(here, monkeypatch, undisturbed):
+    "Twice, with more checkpoints the second time: the table of the first does not count any more."
+    words = own_reward(here, monkeypatch)
+    reward = words[:2]
+    for call, number in ((7, 3), (2, 1)):
+        strike(monkeypatch, 'ddpo_tutorial.training.score_batch', call, KeyboardInterrupt(2))
+        assert main([*words, '--checkpoint-every', str(number)]) == 130
+        assert not epochs_kept(here / 'run')
+        words = ['--resume', 'run', *reward]
+    assert main(words) == 0
+    is_the_same_run(here / 'run', undisturbed)
+
+
+CHANGED = {
+    'its seed': ('config.yaml', 'seed: 0', 'seed: 5', 'its seed is 0, here it is 5'),
+    'a cut file': ('config.yaml', 'eta: 1.0', 'eta: 0.5', 'its eta is 1.0, here it is 0.5'),
+    'its prompts': ('prompts.json', 'a cat', 'a cow', "its prompts.json is ['a cat'"),
+}
+
+
+@pytest.mark.parametrize('name, old, new, wanted', CHANGED.values(), ids=CHANGED)
+def test_a_checkpoint_knows_its_run(alone, tmp_path, capsys, name, old, new, wanted):
+    shutil.copytree(alone[0], tmp_path / 'run')
+    path = tmp_path / 'run' / name
+    path.write_text(path.read_text().replace(old, new))
+    words = ['belongs to another run', wanted, 'epoch-00003.pt']
+    refused_untouched(tmp_path / 'run', capsys, *words, words=['--num-epochs', '4'])
+
+
+def test_cut_settings_are_not_filled_up(alone, tmp_path, capsys):
+    "With defaults they would be another run's."
+    shutil.copytree(alone[0], tmp_path / 'run')
+    path = tmp_path / 'run' / 'config.yaml'
+    path.write_text(path.read_text().partition('samples_per_epoch')[0])
+    refused_untouched(tmp_path / 'run', capsys, 'its samples_per_epoch is 3, here it is 64')
+
+
+def test_another_runs_checkpoint_is_refused(alone, undisturbed, tmp_path, capsys):
+    shutil.copytree(alone[0], tmp_path / 'run')
+    shutil.copy(undisturbed / 'checkpoints' / 'epoch-00003.pt', tmp_path / 'run' / 'checkpoints')
+    wanted = "its reward is 'light:reward', here it is 'aesthetic'"
+    refused_untouched(tmp_path / 'run', capsys, wanted)
+
+
+def test_a_moved_run_goes_on(alone, tmp_path, monkeypatch):
+    "Wherever its folder is and whatever it is called, its checkpoints are its own."
+    shutil.copytree(alone[0], tmp_path / 'ein Lauf')
+    monkeypatch.chdir(tmp_path)
+    assert main(['--resume', 'ein Lauf', '--num-epochs', '4']) == 0
+    assert table(tmp_path / 'ein Lauf')[:3] == table(alone[0])
+
+
+NO_PROMPTS = {
+    'cut': b'["a cat", ',
+    'empty': b'',
+    'no prompt': b'[]',
+    'a string': b'"a cat"',
+    'a number': b'7',
+    'numbers': b'[1, 2]',
+    'nothing': b'null',
+    'bytes': bytes(range(200, 256)),
+    'deep': b'[' * 100_000,
+}
+
+
+@pytest.mark.parametrize('data', [*NO_PROMPTS.values(), None], ids=[*NO_PROMPTS, 'missing'])
+def test_damaged_prompts_are_named(alone, tmp_path, capsys, data):
+    shutil.copytree(alone[0], tmp_path / 'run')
+    path = tmp_path / 'run' / 'prompts.json'
+    path.unlink()
+    if data is not None:
+        path.write_bytes(data)
+    refused_untouched(tmp_path / 'run', capsys, f'{str(path)!r} does not hold the prompts of a run')
+
+
+@pytest.mark.parametrize('name', ['checkpoints', 'pipeline', 'lora', 'run.lock'])
+def test_links_in_a_runs_folder_are_refused(alone, tmp_path, capsys, name):
+    "Through them a run would write to, and delete, what is elsewhere."
+    shutil.copytree(alone[0], tmp_path / 'run', ignore=shutil.ignore_patterns(name))
+    (tmp_path / 'mine').mkdir()
+    (tmp_path / 'run' / name).symlink_to(tmp_path / 'mine')
+    refused_untouched(tmp_path / 'run', capsys, f'{name}', 'is a link')
+
+
+# what surrounds a reward function
+
+POOL = """
+import multiprocessing, signal
+def double(x):
+    return [2 * x, signal.getsignal(signal.SIGTERM) == signal.SIG_DFL]
+def reward(images, prompts):
+    with multiprocessing.get_context('fork').Pool(2) as pool:
+        assert pool.map(double, [1, 2]) == [[2, True], [4, True]]
+    return images.mean((1, 2, 3))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, 'fork'), reason='needs to fork')
+def test_a_reward_may_start_processes(here):
+    "They end when they are told to: the run's way with signals is not theirs."
+    (here / 'pool.py').write_text(POOL)
+    words = ['--reward', 'pool:reward', *FLAGS, '--num-epochs', '1', '--out', 'run']
+    done = subprocess.run([COMMAND, *words], cwd=here, env=ENV, capture_output=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_reward_may_change_the_folder(here, monkeypatch, capsys):
+    "The run stays where it was begun, and the advice is for the shell it was typed in."
+    (here / 'elsewhere').mkdir()
+
+    def act(call):
+        os.chdir(here / 'elsewhere')
+        if call == 5:
+            raise ConnectionError
+
+    assert main(own_reward(here, monkeypatch, act)) == 1
+    assert {path.name for path in here.iterdir()} == {'elsewhere', 'run'}
+    assert not list((here / 'elsewhere').iterdir()) and epochs_kept(here / 'run')
+    assert advice(capsys.readouterr().err)[:2] == ['--resume', 'run']
+
+
+@pytest.mark.parametrize('error', [SystemExit(3), SystemExit('bye'), GeneratorExit()], ids=repr)
+def test_whatever_a_reward_raises_ends_the_run_with_its_name(here, monkeypatch, capsys, error):
+    def act(call):
+        if call == 5:
+            raise error
+
+    assert main(own_reward(here, monkeypatch, act)) == 1
+    said = f'After 1 of 3 epochs: RuntimeError: The reward function raised {error!r}'
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not hasattr(signal, 'SIGHUP'), reason='needs SIGHUP')
+def test_a_closed_terminal_ends_the_epoch(here, monkeypatch):
+    "Unless it is ignored, as nohup does."
+    words = own_reward(here, monkeypatch, lambda call: send(signal.SIGHUP) if call == 3 else None)
+    assert main(words) == 128 + signal.SIGHUP
+    assert epochs_kept(here / 'run') == ['epoch-00001']
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with Stop() as stop:
+        send(signal.SIGHUP)
+        assert not stop.signal
+    assert signal.signal(signal.SIGHUP, before) == signal.SIG_IGN
+
+
+@pytest.mark.parametrize('call, code', [(9, 0), (8, 130)])
+def test_asked_in_the_last_evaluation_it_ends_with_it(here, monkeypatch, capfd, call, code):
+    "And says so. Asked in the last epoch it stops there, and the evaluation is done when resumed."
+
+    def act(number):
+        if number == call:
+            send(signal.SIGINT)
+
+    assert main(own_reward(here, monkeypatch, act)) == code
+    said = capfd.readouterr().out
+    assert ('when its last evaluation is done' in said) == (code == 0), said
+    assert (here / 'run' / 'evaluation.json').exists() == (code == 0)
+    if code:
+        assert main(advice(said)) == 0 and (here / 'run' / 'evaluation.json').exists()
+
+
+# what cannot be shown
+
+
+def broken_print(*words, **options):
+    if 'epoch ' in words[0] or 'Same prompts' in words[0]:
+        raise BrokenPipeError(32, 'Broken pipe')
+
+
+UNSHOWN = {
+    'a line': ('builtins.print', broken_print),
+    'a table': ('ddpo_tutorial.reports.write_rows', raises(OSError(28, 'No space left'))),
+    'the curve': ('ddpo_tutorial.reports.reward_curve', raises(AttributeError('old'))),
+    'pictures': ('ddpo_tutorial.reports.titled_sheet', raises(TypeError('an old Pillow'))),
+    'the end': ('ddpo_tutorial.reports.before_after', raises(UnicodeError('no such letter'))),
+}
+
+
+@pytest.mark.parametrize('name, broken', UNSHOWN.values(), ids=UNSHOWN)
+def test_what_cannot_be_shown_is_said_once_and_the_run_goes_on(
+    here, monkeypatch, undisturbed, name, broken
+):
+    words = own_reward(here, monkeypatch)
+    monkeypatch.setattr(name, broken)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter('default')
+        assert main(words) == 0
+    said = [str(warning.message) for warning in caught if 'The run goes on' in str(warning.message)]
+    assert len(said) == len(set(said)) == (2 if name == 'builtins.print' else 1), said
+    assert torch.equal(unet_of(here / 'run'), unet_of(undisturbed))
+    assert epochs_kept(here / 'run') == ['epoch-00002', 'epoch-00003']
+
+
+def test_a_checkpoint_comes_before_what_is_shown(here, monkeypatch):
+    kept = []
+    monkeypatch.setattr(runs, 'record_epoch', lambda *_: kept.append(epochs_kept(here / 'run')[-1]))
+    assert main([*FLAGS, '--num-epochs', '2', '--out', 'run']) == 0
+    assert kept == ['epoch-00001', 'epoch-00002']
+
+
+def test_a_reward_that_fails_on_watched_pictures_ends_the_run(here, monkeypatch):
+    "It is no matter of showing."
+
+    def act(call):
+        if call == 5:
+            raise OSError('no answer')
+
+    assert main([*own_reward(here, monkeypatch, act), '--watch-images', '2']) == 1
+
+
+def test_an_epochs_batch_is_gone_when_the_next_is_trained_on(here, monkeypatch):
+    "Its pictures and latents would take the place that an update needs."
+    update = training.update
+    seen = []
+
+    def watch(config, policy, state, batch, *rest):
+        gc.collect()
+        assert not any(images() is not None for images in seen)
+        seen.append(weakref.ref(batch.images))
+        return update(config, policy, state, batch, *rest)
+
+    monkeypatch.setattr(training, 'update', watch)
+    assert main([*FLAGS, '--num-epochs', '3', '--out', 'run']) == 0 and len(seen) == 3
+
+
+# a LoRA
 
 
 def test_a_lora_is_saved_and_resumed(here):
@@ -603,7 +1060,7 @@ def kill_soon(words, folder, seconds, after_checkpoint):
     time.sleep(seconds)
     process.kill()
     code = process.wait()
-    writing = bool(list((folder / 'run' / 'checkpoints').glob('*.part')))
+    writing = bool(list((folder / 'run' / 'checkpoints').glob('*.part*')))
     return code, newest(folder / 'run'), writing
 
 
@@ -628,11 +1085,3 @@ def test_killed_at_twenty_random_moments(tmp_path, capsys):
         print(f'\nkilled {len(moments)} times, {sum(writing)} of them in a write')
     assert set(codes) == {-9} and names[-1] < 'epoch-00100.pt'
     is_the_same_run(tmp_path / 'run', tmp_path / 'alone')
-
-
-def test_a_chain_that_cannot_be_made_leaves_no_run(tmp_path, monkeypatch):
-    "The scheduler is asked when the model is loaded, and before anything is sampled."
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match='starts at timestep 1000'):
-        train_run(load_config('tiny', num_inference_steps=1000))
-    assert not list(tmp_path.iterdir())

@@ -3,12 +3,15 @@
 Run: python -m pytest tests/test_schedules.py -n 0
 """
 
+import copy
+
 import pytest
 import torch
 from diffusers import DDIMScheduler, EulerDiscreteScheduler, PNDMScheduler
-from helpers import PREDICTION_TYPES, SD_SCHEDULE
+from helpers import PREDICTION_TYPES, PROMPTS, SD_SCHEDULE
 
-from ddpo_tutorial.sampling import make_policy
+from ddpo_tutorial.pipelines import encode_prompts
+from ddpo_tutorial.sampling import make_generators, make_policy, sample
 from ddpo_tutorial.schedules import check_actions, check_scheduler, make_schedule
 
 SETTINGS = {
@@ -76,16 +79,19 @@ def test_each_step_has_its_own_eta():
     assert schedule.random == [False, True, True, False]
 
 
+@pytest.mark.filterwarnings('error')
 @each_setting
-def test_a_random_step_of_std_zero_is_refused(settings):
+def test_a_random_step_of_std_zero_is_warned_of_and_refused(settings):
     "It would be missing from the gradient, except where the step goes nowhere."
-    schedule = make_schedule(ddim(**settings), 5)
-    moves = schedule.alpha_prev[-1] != schedule.alpha[-1]
-    if schedule.std[-1] == 0 and moves:
-        with pytest.raises(ValueError, match='std 0.*missing from the gradient; set set_alpha_to'):
+    wanted = 'std 0.*missing from the gradient; expected set_alpha_to_one=False'
+    if settings.get('set_alpha_to_one'):
+        with pytest.warns(UserWarning, match=wanted):
+            schedule = make_schedule(ddim(**settings), 5)
+        assert schedule.std[-1] == 0 and schedule.alpha_prev[-1] != schedule.alpha[-1]
+        with pytest.raises(ValueError, match=wanted):
             check_actions(schedule)
     else:
-        check_actions(schedule)
+        check_actions(make_schedule(ddim(**settings), 5))
     # a step that is not meant to be random may have std 0
     check_actions(make_schedule(ddim(**settings), 5, [1.0] * 4 + [0.0]))
 
@@ -98,8 +104,8 @@ WRONG_SCHEDULERS = {
         ValueError,
         "linspace.*11347.*'leading' or 'trailing'",
     ),
-    'clip_sample': (ddim(clip_sample=True), ValueError, 'clip_sample=True.*set both to False'),
-    'thresholding': (ddim(thresholding=True), ValueError, 'thresholding=True.*set both to False'),
+    'clip_sample': (ddim(clip_sample=True), ValueError, 'clip_sample=True.*expected False'),
+    'thresholding': (ddim(thresholding=True), ValueError, 'thresholding=True.*expected False'),
     'type': (
         ddim(prediction_type='flow'),
         ValueError,
@@ -118,6 +124,43 @@ def test_schedulers_that_are_not_supported(micro, scheduler, error, words):
         make_schedule(scheduler, 2)
     with pytest.raises(error, match=words):
         make_policy(micro, 2, guidance_scale=2.0)
+
+
+def betas(kind, **changes):
+    "A scheduler with Stable Diffusion's noise schedule."
+    names = ('beta_start', 'beta_end', 'beta_schedule')
+    return kind(**{name: SD_SCHEDULE[name] for name in names}, **changes)
+
+
+TO_BE_MENDED = {
+    'PNDM': betas(PNDMScheduler),
+    'PNDM, alpha to one': betas(PNDMScheduler, set_alpha_to_one=True, steps_offset=1),
+    'Euler': betas(EulerDiscreteScheduler),
+    'linspace': ddim(timestep_spacing='linspace', set_alpha_to_one=True),
+    'clip_sample': ddim(clip_sample=True, set_alpha_to_one=True),
+    'thresholding': ddim(thresholding=True),
+    'alpha to one': ddim(set_alpha_to_one=True),
+    'all of them': betas(DDIMScheduler, timestep_spacing='linspace'),
+    'zero SNR': ddim(rescale_betas_zero_snr=True, timestep_spacing='trailing'),
+}
+
+
+@pytest.mark.filterwarnings('ignore:DDPO cannot train')
+@pytest.mark.parametrize('steps', [1, 4, 10])
+@pytest.mark.parametrize('scheduler', TO_BE_MENDED.values(), ids=TO_BE_MENDED)
+def test_the_advice_works_as_it_is_printed(micro, scheduler, steps):
+    "One advice, executed word for word, leads to a chain of which every step is an action."
+    micro.scheduler = copy.deepcopy(scheduler)
+    with pytest.raises((TypeError, ValueError)) as caught:
+        check_actions(make_schedule(micro.scheduler, steps))
+    exec(str(caught.value).partition('Run: ')[2], dict(pipe=micro))
+    schedule = make_schedule(micro.scheduler, steps)
+    check_actions(schedule)
+    moves = schedule.alpha_prev != schedule.alpha
+    assert (schedule.std[moves] > 0).all() and all(schedule.random)
+    policy = make_policy(micro, steps, guidance_scale=2.0)
+    sampled = sample(policy, encode_prompts(micro, PROMPTS), make_generators(range(len(PROMPTS))))
+    assert sampled.latents.isfinite().all()
 
 
 def test_pure_noise_says_nothing_to_an_epsilon_model():

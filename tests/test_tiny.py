@@ -197,7 +197,7 @@ def test_stored_gains_are_what_the_columns_say(seeds):
 
 def test_readme_table_is_the_stored_one():
     """A number in the README that no run produced would be seen here."""
-    readme = (ROOT / 'README.md').read_text(encoding='utf-8')
+    readme = (ROOT / 'nbs' / 'README.md').read_text(encoding='utf-8')
     for r in DEFAULT:
         cells = [
             f'{r[f"{name}_before"]:.2f} → {r[f"{name}_after"]:.2f} | '

@@ -4,9 +4,17 @@ Run: python -m pytest tests/test_training.py -n 0
 """
 
 import copy
+import math
+import re
+import signal
+import subprocess
 import sys
 import threading
-from dataclasses import replace
+import time
+import warnings
+import weakref
+from dataclasses import fields, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -40,9 +48,11 @@ from ddpo_tutorial.training import (
     accumulate,
     clipped_loss,
     collect,
+    doubt_about,
     epoch_rng,
     evaluate,
     join_batches,
+    metrics_row,
     new_state,
     plan_updates,
     policy_for,
@@ -316,10 +326,12 @@ def test_overlapped_rewards_change_nothing():
     assert rows == other_rows and torch.equal(weights(pipe.unet), weights(other.unet))
 
 
-@pytest.mark.parametrize('overlap', [False, True])
-def test_overlapped_rewards_are_scored_while_the_next_batch_is_drawn(micro, monkeypatch, overlap):
+@pytest.mark.parametrize('overlap, size', [(False, 1), (True, 1), (True, 2), (True, 64)])
+def test_overlapped_rewards_are_scored_while_the_next_batch_is_drawn(
+    micro, monkeypatch, overlap, size
+):
     """The first of two rewards waits until the second batch has begun. Without overlap that would
-    be for ever."""
+    be for ever; with it, there is a second batch at any size."""
     begun, in_time = [], []
     changed = threading.Condition()
 
@@ -335,7 +347,7 @@ def test_overlapped_rewards_are_scored_while_the_next_batch_is_drawn(micro, monk
         return brightness(images, prompts)
 
     monkeypatch.setattr(training, 'sample_batch', noticed)
-    config = replace(SMALL, sample_batch_size=1, overlap_reward=overlap)
+    config = replace(SMALL, sample_batch_size=size, overlap_reward=overlap)
     collect(config, policy_for(config, micro), patient, PROMPTS[:2])
     assert in_time == [overlap, True]
 
@@ -348,6 +360,62 @@ def test_an_overlapped_reward_may_fail(micro):
 
     with pytest.raises(ConnectionError, match='no answer'):
         run(replace(SMALL, overlap_reward=True), micro, fails)
+
+
+HANGS = """
+import time
+from helpers import micro_pipeline
+from ddpo_tutorial.configs import Config
+from ddpo_tutorial.runs import Stop
+from ddpo_tutorial.training import collect, policy_for
+
+def hangs(images, prompts):
+    print('asked', flush=True)
+    time.sleep(10_000)
+
+config = Config(num_inference_steps=2, overlap_reward={overlap})
+with Stop():
+    collect(config, policy_for(config, micro_pipeline()), hangs, ['a cat', 'an owl'])
+"""
+
+
+@pytest.mark.parametrize('overlap', [False, True])
+def test_a_reward_that_hangs_is_left_by_two_interrupts(overlap):
+    "Python waits for the threads of an executor, at its own end too: that took four."
+    script = [sys.executable, '-c', HANGS.format(overlap=overlap)]
+    here = Path(__file__).parent
+    with subprocess.Popen(script, cwd=here, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as run:
+        assert run.stdout.readline() == b'asked\n'
+        for _ in range(2):
+            run.send_signal(signal.SIGINT)
+            time.sleep(1.5)  # a second one within a second does not count
+        try:
+            _, said = run.communicate(timeout=120)
+        finally:
+            run.kill()
+    assert said.rstrip().splitlines()[-1].startswith(b'KeyboardInterrupt')
+
+
+@pytest.mark.parametrize('overlap', [False, True])
+@pytest.mark.parametrize(
+    'error', [StopIteration, GeneratorExit, StopAsyncIteration, KeyError, SystemExit]
+)
+def test_whatever_a_reward_raises_ends_the_run(micro, error, overlap):
+    "By its name, and not in silence with fewer pictures or epochs."
+    config = replace(SMALL, overlap_reward=overlap)
+    calls = []
+
+    def raises(images, prompts):
+        calls.append(1)
+        if len(calls) == 2:
+            raise error('no more')
+        return brightness(images, prompts)
+
+    for function in (train, evaluate):
+        calls.clear()
+        with pytest.raises(Exception) as found:
+            function(config, micro, raises, PROMPTS)
+        assert error.__name__ in repr(found.value) and 'no more' in str(found.value)
 
 
 def test_prompts_are_encoded_once_an_epoch(micro):
@@ -500,6 +568,39 @@ def test_what_a_loss_reports_becomes_columns(micro):
             epoch.row[name] == step[name] for name in ('loss', 'advantage', 'late', 'grad_norm')
         )
         assert type(step['advantage']) is float and step['grad_norm'] > 0
+
+
+OURS = 'epoch update loss grad_norm skipped per_prompt seconds reward_mean reward_light'.split()
+
+
+@pytest.mark.parametrize('name', OURS)
+def test_what_a_loss_reports_writes_over_no_column(micro, name):
+    "Refused at its first minibatch, when nothing has changed."
+
+    def loss(*given):
+        value, found = clipped_loss(*given)
+        return value, found | {name: 0.0}
+
+    before = weights(micro.unet)
+    with pytest.raises(ValueError, match=f"'{name}' is the name of another metric.*another name"):
+        train(SMALL, micro, WeightedSum(light=(1.0, brightness)), PROMPTS, loss=loss)
+    assert torch.equal(weights(micro.unet), before)
+
+
+@pytest.mark.parametrize('chosen', [{0}, {1, 2}, {2}])
+def test_some_updates_may_report_what_others_do_not(micro, chosen):
+    "The row has the mean of those that do."
+    updates = []
+
+    def loss(config, policy, batch, steps, rows):
+        value, _ = clipped_loss(config, policy, batch, steps, rows)
+        updates.append(len(updates))
+        return value, dict(number=updates[-1]) if updates[-1] in chosen else {}
+
+    (row,) = train(
+        replace(SMALL, num_epochs=1, minibatch_size=99), micro, brightness, PROMPTS, loss
+    )
+    assert row['number'] == pytest.approx(sum(chosen) / len(chosen))
 
 
 def test_first_gradient_of_the_score_function_is_the_clipped_ones(fresh):
@@ -745,6 +846,93 @@ def test_leaving_the_loop_and_going_on_is_one_go(micro, done):
     assert torch.equal(weights(micro.unet), weights(whole.unet))
 
 
+@pytest.mark.parametrize('done', [1, 2, 3])
+def test_on_epoch_ends_a_training_and_the_state_goes_on(micro, done):
+    "What it returns else does not count."
+    config = replace(SMALL, num_epochs=4)
+    whole, whole_pipe = run(config, on_epoch=lambda epoch: 'nothing')
+    epochs = []
+
+    def on_epoch(epoch):
+        epochs.append(epoch)
+        return len(epochs) == done
+
+    rows, _ = run(config, micro, on_epoch=on_epoch)
+    state = epochs[-1].state
+    assert len(rows) == len(epochs) == len(state.rows) == done
+    for _ in train_epochs(config, micro, brightness, PROMPTS, state=state):
+        pass
+    assert without_time(state.rows) == whole
+    assert torch.equal(weights(micro.unet), weights(whole_pipe.unet))
+
+
+@pytest.mark.parametrize('function', [train, train_epochs])
+def test_an_epoch_is_let_go_before_the_next(micro, function):
+    "Its latents and pictures would be in memory beside those of the next."
+    before, kept = [], []
+
+    def reward(images, prompts):
+        kept.extend(picture() is not None for picture in before)
+        return brightness(images, prompts)
+
+    def look(epoch):
+        before.append(weakref.ref(epoch.batch.images))
+
+    config = replace(SMALL, num_epochs=3)
+    if function is train:
+        train(config, micro, reward, PROMPTS, on_epoch=look)
+    else:
+        for epoch in train_epochs(config, micro, reward, PROMPTS):
+            look(epoch)
+            del epoch
+    assert len(before) == 3 and kept and not any(kept)
+
+
+def test_a_bar_is_shown_unless_there_is_on_epoch(micro, monkeypatch):
+    "And never by the generator."
+    shown = []
+
+    class Bar:
+        def __init__(self, epochs):
+            assert len(epochs) == 2
+
+        def update(self, done):
+            shown.append(done)
+
+    monkeypatch.setattr(training, 'progress_bar', Bar)
+    monkeypatch.setattr(training, 'IN_NOTEBOOK', False)
+    monkeypatch.setattr(sys, 'stdout', None)
+    run(pipe=micro)  # nobody watches
+    monkeypatch.undo()
+    monkeypatch.setattr(training, 'progress_bar', Bar)
+    monkeypatch.setattr(training, 'IN_NOTEBOOK', True)
+    run(pipe=micro, on_epoch=lambda epoch: None)
+    for _ in train_epochs(SMALL, micro, brightness, PROMPTS):
+        pass
+    assert shown == []
+    run(pipe=micro)
+    assert shown == [0, 1, 2]
+
+
+def test_train_says_what_it_does_not_read(micro):
+    "Its docstring names the settings that are for the command alone, and the columns of a row."
+    read = set()
+
+    class Watched(Config):
+        def __getattribute__(self, name):
+            read.add(name)
+            return super().__getattribute__(name)
+
+    small = {field.name: getattr(SMALL, field.name) for field in fields(SMALL)}
+    config = Watched(**small)
+    read.clear()
+    (row, _) = train(config, micro, brightness, PROMPTS)
+    *_, columns, settings = train.__doc__.split('\n\n')
+    named = re.sub(r'\s', '', settings.split(':')[1]).rstrip('.').split(',')
+    assert set(named) == set(small) - read
+    assert all(re.search(rf'\b{name}\b', columns) for name in row)
+
+
 def test_a_run_has_one_schedule_and_checks_once(micro, monkeypatch):
     """The chain is worked out once; prompts are checked when the run begins, and by the encoder
     once an epoch."""
@@ -802,12 +990,27 @@ def test_a_scaler_leaves_an_overflowing_step_out_until_that_is_hopeless(micro):
     state, before = new_state(SMALL, micro), weights(micro.unet)
     state.scaler = torch.amp.GradScaler('cpu', init_scale=8.0)
     handle = next(micro.unet.parameters()).register_hook(lambda g: g * float('inf'))
-    update(replace(SMALL, updates_per_epoch=1), *with_state(micro, state), epoch_rng(0, 0))
+    one = replace(SMALL, updates_per_epoch=1)
+    history = update(one, *with_state(micro, state), epoch_rng(0, 0))
     assert torch.equal(weights(micro.unet), before) and state.scaler.get_scale() == 4
+    assert not math.isfinite(history[0]['grad_norm'])
+    row = metrics_row(0, ADVANTAGES, {}, history)
+    assert row['skipped'] == 1 and math.isnan(row['grad_norm'])
     state.scaler = torch.amp.GradScaler('cpu', init_scale=1e-5)
     with pytest.raises(FloatingPointError):
         update(SMALL, *with_state(micro, state), epoch_rng(0, 0))
     handle.remove()
+
+
+@pytest.mark.parametrize('left_out', [0, 1, 2])
+def test_a_row_says_how_many_updates_were_left_out(left_out):
+    "And has the mean norm of the others; without such updates there is no column."
+    norms = [1.0, 2.0, 6.0]
+    norms[:left_out] = [math.inf, math.nan][:left_out]
+    history = [dict(loss=0.5, grad_norm=norm) for norm in norms]
+    row = metrics_row(0, ADVANTAGES, {}, history)
+    assert row['grad_norm'] == sum(norms[left_out:]) / (3 - left_out) and row['loss'] == 0.5
+    assert row.get('skipped', 'none') == (left_out or 'none')
 
 
 def test_a_scaler_changes_nothing_else(micro):
@@ -828,6 +1031,50 @@ def test_gradients_switched_off_elsewhere_do_not_matter():
     with torch.no_grad():
         again, other = run()
     assert again == rows and torch.equal(weights(pipe.unet), weights(other.unet))
+
+
+@pytest.fixture
+def restored():
+    "Global settings of PyTorch, as they were."
+    yield
+    torch.set_default_dtype(torch.float32)
+    torch.set_default_device(None)
+    torch.use_deterministic_algorithms(False)
+    torch.set_grad_enabled(True)
+
+
+GLOBAL = {
+    'float64': lambda: torch.set_default_dtype(torch.float64),
+    'bfloat16': lambda: torch.set_default_dtype(torch.bfloat16),
+    'no gradients': lambda: torch.set_grad_enabled(False),
+    'deterministic': lambda: torch.use_deterministic_algorithms(True),
+}
+
+
+@pytest.mark.parametrize('groups', [False, True])
+@pytest.mark.parametrize('setting', GLOBAL.values(), ids=GLOBAL)
+def test_global_settings_change_nothing(restored, setting, groups):
+    "Somebody else's, for their own model: noise of another dtype is other noise."
+    config = replace(GROUPS if groups else SMALL, eta=0.3)
+    rows, pipe = run(config, reward=jpeg_incompressibility)
+    other = micro_pipeline()
+    setting()
+    again, _ = run(config, other, reward=jpeg_incompressibility)
+    assert again == rows and torch.equal(weights(pipe.unet), weights(other.unet))
+
+
+def test_the_default_device_is_not_ours(micro, restored):
+    "Pictures and gradients; AdamW puts its own counter there, which `meta` cannot hold."
+    policy, batch = epoch_of(micro)
+    pairs = next(plan_updates(SMALL, epoch_rng(0, 0)))
+    gradient, found = accumulated(policy, batch, pairs)
+    torch.set_default_device('meta')
+    again = sample_batch(SMALL, policy_for(SMALL, micro), batch.trajectory.context, batch, epoch=0)
+    torch.testing.assert_close(again.images, batch.images, rtol=0, atol=1e-5)
+    same = next(plan_updates(SMALL, epoch_rng(0, 0)))
+    other, found_again = accumulated(policy, batch, same)
+    assert torch.equal(other, gradient) and found_again == found
+    assert torch.equal(training.gather(batch.rewards), batch.rewards)
 
 
 @pytest.mark.parametrize('dtype', ['bfloat16', 'float16'])
@@ -852,6 +1099,22 @@ def test_products_in_16_bits(dtype, lora):
     )
 
 
+OTHERS = {
+    'a new pipeline': lambda pipe: micro_pipeline(),
+    'LoRA added after': add_lora,
+    'frozen after': lambda pipe: (pipe.unet.conv_in.requires_grad_(False), pipe)[1],
+    'a copy': trainable_copy,
+}
+
+
+@pytest.mark.parametrize('other', OTHERS.values(), ids=OTHERS)
+def test_a_state_of_other_weights_is_refused(micro, other):
+    "It would train nothing, or leave gradients to pile up, and say nothing."
+    state = new_state(SMALL, micro)
+    with pytest.raises(ValueError, match=r'other weights than the pipe.*new_state\(config, pipe\)'):
+        train_epochs(SMALL, other(micro), brightness, PROMPTS, state=state)
+
+
 def test_weights_in_16_bits_are_not_trained(micro):
     "AdamW's steps would be lost in their rounding."
     with pytest.raises(ValueError, match='bfloat16.*expected float32'):
@@ -867,6 +1130,65 @@ def test_the_tracker_gets_the_whole_epoch(micro):
         np.testing.assert_allclose(e.advantages, tracker.update(e.batch.prompts, e.batch.rewards))
         assert e.row['per_prompt'] == tracker.active
     assert epochs[-1].row['per_prompt'] > 0
+
+
+FIRST = 'first ratios of an epoch are not 1.*token merging.*raise clip_range, or use float32'
+LARGE = 'too large .*lower learning_rate'
+DOUBTS = [
+    (0, dict(clipfrac=0.0, ratio=1 + 1e-6, approx_kl=0.0), ''),
+    (0, dict(clipfrac=0.01, ratio=1.0), FIRST),
+    (0, dict(clipfrac=0.84, ratio=0.9), FIRST),
+    (0, dict(ratio=0.9), FIRST),
+    (1, dict(clipfrac=0.94, ratio=0.83, approx_kl=0.3), ''),
+    (1, dict(clipfrac=1.0, ratio=1.0, approx_kl=0.0), LARGE),
+    (2, dict(clipfrac=0.5, ratio=0.2), LARGE),
+    (3, dict(approx_kl=1.6e11), LARGE),
+    (0, dict(distance=5.0), ''),
+]
+
+
+@pytest.mark.parametrize('number, reported, words', DOUBTS)
+def test_what_is_doubtful(number, reported, words):
+    "What shipped configurations show is not; a loss that reports nothing is not asked."
+    assert re.search(words or '^$', doubt_about(dict(epoch=0, update=number, **reported)))
+
+
+def merge_tokens(layer, inputs, output):
+    "A hook with which a layer answers otherwise at each call."
+    return output * torch.empty(()).uniform_(0.9, 1.1)
+
+
+def doubts_of(config, pipe):
+    "The texts of the warnings of a run, whose reward resets what Python has shown."
+
+    def reward(images, prompts):
+        with warnings.catch_warnings():
+            return brightness(images, prompts)
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter('always')
+        train(config, pipe, reward, PROMPTS)
+    return [str(warning.message) for warning in caught]
+
+
+CALM = replace(SMALL, num_epochs=3, learning_rate=1e-6)
+
+
+def test_a_run_without_faults_warns_of_nothing(micro):
+    assert doubts_of(CALM, micro) == []
+
+
+def test_something_random_in_the_pipeline_is_said_once(micro):
+    "Rescored by another network than sampled."
+    micro.unet.conv_in.register_forward_hook(merge_tokens)
+    (said,) = doubts_of(replace(CALM, learning_rate=1e-9, clip_range=0.1), micro)
+    assert re.search(FIRST, said)
+
+
+@pytest.mark.parametrize('changes', [dict(learning_rate=0.1), dict(eta=0.01, learning_rate=1e-3)])
+def test_updates_that_are_too_large_are_said_once(micro, changes):
+    said = doubts_of(replace(CALM, clip_range=9.0, **changes), micro)
+    assert len(said) == len(set(said)) and any(re.search(LARGE, text) for text in said)
 
 
 @pytest.mark.parametrize('was_training', [True, False])
@@ -966,6 +1288,23 @@ def test_bad_prompts(micro, prompts, error, words):
             function(SMALL, micro, brightness, prompts)
 
 
+@pytest.mark.parametrize('config', [dict(num_epochs=1), 'tiny', Config, None], ids=str)
+@pytest.mark.parametrize('function', [train, train_epochs, evaluate])
+def test_settings_that_are_no_config(micro, function, config):
+    with pytest.raises(
+        TypeError, match=r'config is .*expected a Config, e.g. load_config\("tiny"\)'
+    ):
+        function(config, micro, brightness, PROMPTS)
+
+
+@pytest.mark.parametrize('kind', [list, tuple, np.array])
+def test_sequences_of_prompts(micro, kind):
+    found = evaluate(SMALL, micro, brightness, kind(PROMPTS))
+    assert found.prompts == PROMPTS
+    assert torch.equal(found.images, evaluate(SMALL, micro, brightness, PROMPTS).images)
+    assert len(train(SMALL, micro, brightness, kind(PROMPTS))) == 2
+
+
 def test_nothing_to_train(micro):
     "A frozen UNet would run for hours and learn nothing."
     micro.unet.requires_grad_(False)
@@ -1029,7 +1368,11 @@ def test_a_reward_rises(tiny, name, epochs):
     assert (after - before).mean() > 0.4 * before.std()
 
 
-def test_a_lora_that_is_not_there(micro):
+@pytest.mark.parametrize('rank', [0, 2, 8])
+def test_a_lora_that_is_not_there(micro, rank):
     "Settings for a LoRA would ruin a whole UNet: their learning rate is far larger."
-    with pytest.raises(ValueError, match=r'lora_rank=4, but .* add_lora\(pipe, 4\)'):
+    if rank:
+        add_lora(micro, rank)
+    words = rf'lora_rank=4, but .*{[rank] if rank else []} *; .*add_lora\(pipe, 4\)'
+    with pytest.raises(ValueError, match=words.replace('[', r'\[', 1).replace(']', r'\]', 1)):
         new_state(replace(SMALL, lora_rank=4), micro)
