@@ -59,7 +59,8 @@ def check_same_run(begun: Config, wanted: Config) -> None:
 def read_source(args: list[str]) -> dict:  # option -> value, of the sources and the reward
     """Look where the settings come from, before the flags are read. Raises ValueError for no value,
     and for a folder that is no run; for two sources argparse leaves with exit code 2."""
-    first = argparse.ArgumentParser(usage=argparse.SUPPRESS, add_help=False, allow_abbrev=False)
+    options = dict(usage=argparse.SUPPRESS, add_help=False, allow_abbrev=False)
+    first = argparse.ArgumentParser('ddpo_train', **options)
     sources = first.add_mutually_exclusive_group()
     for name in ('config', 'resume', 'export'):
         sources.add_argument(f'--{name}', default=argparse.SUPPRESS)
@@ -179,7 +180,7 @@ class Calm:
 
     def __init__(self, stream):
         self.stream = stream or open(os.devnull, 'w')
-        if hasattr(self.stream, 'reconfigure'):  # a notebook's has no such method
+        with suppress(AttributeError, OSError):  # a notebook's has no such method
             self.stream.reconfigure(errors='replace')
 
     def __getattr__(self, name):

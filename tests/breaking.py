@@ -189,7 +189,10 @@ def settings_of(run: Path) -> dict:
     from ddpo_tutorial.command import CAN_CHANGE
 
     free = {'out', 'device', *CAN_CHANGE} - {'num_epochs'}
-    found = yaml.safe_load((run / 'config.yaml').read_text(encoding='utf-8')) or {}
+    try:
+        found = yaml.safe_load((run / 'config.yaml').read_text(encoding='utf-8')) or {}
+    except yaml.YAMLError:
+        return {}  # a trial has cut it
     settings = {name: value for name, value in found.items() if name not in free}
     return settings | dict(model=Path(found.get('model', '')).name)
 
@@ -285,7 +288,10 @@ def whole_files(ending: Ending, place: Path, before: dict):
 
 def same_numbers(place: Path):
     "Each finished run whose settings are those of one that was left alone has its numbers."
-    alone = [(settings_of(world() / name), numbers_of(world() / name)) for name in ('done', 'own')]
+    # an own reward's numbers are the same only where its code is
+    code, its = (sorted(p.read_text() for p in f.glob('*.py')) for f in (place, world()))
+    names = ('done', 'own') if code == its else ('done',)
+    alone = [(settings_of(world() / name), numbers_of(world() / name)) for name in names]
     for run in runs_in(place):
         if not is_finished(run):
             continue

@@ -155,8 +155,8 @@ def moments_left(old, optimizer, packed):
     optimizer.state.update(zip(optimizer.param_groups[0]['params'], packed['state'].values()))
 
 
-def halved(old, pipe):
-    for parameter in old(pipe):
+def halved(old, pipe, *rank):
+    for parameter in old(pipe, *rank):
         parameter.data = parameter.data.to(pipe.unet.dtype)
     return [p for p in pipe.unet.parameters() if p.requires_grad]
 
@@ -191,8 +191,8 @@ FAULTS = [  # what is replaced, by what, with which settings, and what is then s
     (TRAINING + 'score_batch', pictures_kept, {}, 'pictures on the card'),
     ('torch.autocast', autocast_of_cpu, BRAIN, 'products in another dtype'),
     ('torch.amp.GradScaler', lambda old, *_, **__: old(enabled=False), HALF, 'a scaler'),
-    (TRAINING + 'trained_parameters', halved, LORA | HALF, 'unscale FP16'),
-    (TRAINING + 'trained_parameters', halved, LORA | BRAIN, 'moments in 16 bits'),
+    (TRAINING + 'trained_parameters', halved, LORA | HALF, 'expected float32'),
+    (TRAINING + 'trained_parameters', halved, LORA | BRAIN, 'expected float32'),
 ]
 
 
