@@ -180,11 +180,11 @@ def test_nonsense_that_only_the_first_sees_ends_all(finished):
 
 @pytest.mark.slow
 def test_more_processes_than_pictures_are_refused(tmp_path):
-    words = ['--samples_per_epoch', '1', '--updates_per_epoch', '1']
-    done = start(2, '--no-python', COMMAND, *FLAGS, *words, '--out', 'run', cwd=tmp_path)
+    words = ['--samples_per_epoch', '2', '--updates_per_epoch', '1']
+    done = start(3, '--no-python', COMMAND, *FLAGS, *words, '--out', 'run', cwd=tmp_path)
     assert (
         done.returncode != 0
-        and 'samples_per_epoch=1; expected at least 2' in done.stderr
+        and 'samples_per_epoch=2; expected at least 3' in done.stderr
         and not (tmp_path / 'run').exists()
     )
 
